@@ -1,0 +1,247 @@
+"""What one rank's checkpoint holds: TensorRT-LLM's tensor names, shapes, fusion and sharding.
+
+Names and order follow `tensorrt_llm/models/{llama,qwen}`. Two facts to keep in mind while reading: a dense MLP
+computes `silu(fc(x)) * gate(x)`, so `mlp.fc` holds the checkpoint's gate_proj and `mlp.gate` its up_proj; in an MoE
+layer `mlp.fc` is the two fused, **up first**. Decoder layers are renumbered from 0 on each pipeline stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from trtbuild.checkpoints.layout import RankLayout
+from trtbuild.checkpoints.model_config import ModelConfig
+from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision, PrecisionName, int4_group
+
+ITEM_SIZE = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a rank file; `dtype` is the safetensors name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        size = ITEM_SIZE[self.dtype]
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a source tensor and the rows where it lands in the rank tensor.
+
+    `source` is a canonical name (`families.Family.source_name` translates it); `columns` is None for all of them.
+    Rows past the source's end stay zero. `expert` is the destination's index in the leading expert dimension.
+    """
+
+    source: str
+    rows: range
+    columns: range | None = None
+    offset: int = 0
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A rank tensor that is copied (and converted to `spec.dtype`), never quantized."""
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer on one rank: `[out_features, in_features]`, or a stack of `num_experts` of them.
+
+    `name` numbers layers within the pipeline stage, `global_name` within the model. All sources that feed one
+    (global_name, expert) share an fp8 scale, as TensorRT-LLM wants it for fused q/k/v and for an expert's up and gate.
+    """
+
+    name: str
+    global_name: str
+    in_features: int
+    out_features: int
+    precision: PrecisionName
+    dtype: str
+    pieces: tuple[Piece, ...]
+    num_experts: int | None = None
+    first_expert: int = 0
+    bias_pieces: tuple[Piece, ...] = ()
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.precision in ("fp8", "int8", "int4")
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias_pieces)
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """Values of one int4 scale along the input, or None for the other precisions."""
+        return int4_group(self.in_features, self.global_name) if self.precision == "int4" else None
+
+    def tensors(self) -> list[TensorSpec]:
+        """Rank tensors in the `tensorrt-rtx` dialect (see `build/README.md`)."""
+        stack = () if self.num_experts is None else (self.num_experts,)
+        weight_dtype, columns = {
+            "fp8": ("F8_E4M3", self.in_features),
+            "int8": ("I8", self.in_features),
+            "int4": ("U8", self.in_features // 2),
+        }.get(self.precision, (self.dtype, self.in_features))
+        specs = [TensorSpec(f"{self.name}.weight", weight_dtype, (*stack, self.out_features, columns))]
+        if self.precision == "fp8":
+            scale_shape = (1,) if self.num_experts is None else (self.num_experts, 1)
+            specs.append(TensorSpec(f"{self.name}.weights_scaling_factor", "F32", scale_shape))
+            specs.append(TensorSpec(f"{self.name}.activation_scaling_factor", "F32", (1,)))
+        elif self.precision == "int8":
+            specs.append(TensorSpec(f"{self.name}.per_channel_scale", "F32", (*stack, self.out_features)))
+        elif self.group_size:
+            groups = self.in_features // self.group_size
+            specs.append(TensorSpec(f"{self.name}.weights_scaling_factor", self.dtype, (*stack, self.out_features, groups)))
+        if self.has_bias:
+            specs.append(TensorSpec(f"{self.name}.bias", self.dtype, (self.out_features,)))
+        return specs
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Everything that one rank holds, in file order."""
+
+    config: ModelConfig
+    layout: RankLayout
+    precision: Precision
+    layers: range
+    plain: tuple[PlainTensor, ...]
+    linears: tuple[Linear, ...]
+
+    def tensors(self) -> list[TensorSpec]:
+        return [t.spec for t in self.plain] + [spec for linear in self.linears for spec in linear.tensors()]
+
+    @cached_property
+    def linear_by_name(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in self.linears}
+
+
+def plan_rank(config: ModelConfig, layout: RankLayout, precision: Precision) -> RankPlan:
+    """The tensors of one rank; raises `Refused` where int4 finds no group that fits."""
+    layers = layout.layout.stage_layers(config.num_layers, layout.pp_rank)
+    dtype = SAFETENSORS_16BIT[precision.dtype]
+    plain = list(_outer_tensors(config, layout, dtype))
+    linears: list[Linear] = []
+    for local, layer in enumerate(layers):
+        builder = _LayerBuilder(config, layout, precision.weights, dtype, local, layer)
+        plain += builder.plain()
+        linears += builder.linears()
+    return RankPlan(config, layout, precision, layers, tuple(plain), tuple(linears))
+
+
+def _whole(name: str, dtype: str, source: str, *shape: int) -> PlainTensor:
+    return PlainTensor(TensorSpec(name, dtype, shape), (Piece(source, range(shape[0])),))
+
+
+def _outer_tensors(config: ModelConfig, layout: RankLayout, dtype: str) -> Iterator[PlainTensor]:
+    if layout.is_first_stage:
+        yield _whole("transformer.vocab_embedding.weight", dtype, "embedding", config.vocab_size, config.hidden_size)
+    if layout.is_last_stage:
+        yield _whole("transformer.ln_f.weight", dtype, "final_norm", config.hidden_size)
+        rows = layout.vocab_rows(config.vocab_size)
+        real = range(min(rows.start, config.vocab_size), min(rows.stop, config.vocab_size))
+        source = "embedding" if config.tie_embeddings else "lm_head"
+        yield PlainTensor(TensorSpec("lm_head.weight", dtype, (len(rows), config.hidden_size)), (Piece(source, real),))
+
+
+@dataclass(frozen=True)
+class _LayerBuilder:
+    """The tensors of one decoder layer on one rank."""
+
+    config: ModelConfig
+    layout: RankLayout
+    precision: PrecisionName
+    dtype: str
+    local: int
+    layer: int
+
+    def plain(self) -> Iterator[PlainTensor]:
+        hidden = self.config.hidden_size
+        for norm in ("input_layernorm", "post_layernorm"):
+            yield _whole(f"transformer.layers.{self.local}.{norm}.weight", self.dtype, f"layers.{self.layer}.{norm}", hidden)
+        if self.config.moe:
+            name = f"transformer.layers.{self.local}.mlp.router.weight"
+            yield _whole(name, "F32", f"layers.{self.layer}.router", self.config.moe.num_experts, hidden)
+
+    def linears(self) -> Iterator[Linear]:
+        config, source = self.config, f"layers.{self.layer}."
+        heads = _head_rows(self.layout.tp_slice(config.num_heads), config.head_dim)
+        qkv = _stack([(source + "q", heads)] + [
+            (source + part, _head_rows(range(head, head + 1), config.head_dim))
+            for part in ("k", "v")
+            for head in self.layout.kv_heads(config.num_kv_heads)
+        ])
+        yield self._linear("attention.qkv", config.hidden_size, qkv, bias=config.qkv_bias)
+        dense = (Piece(source + "o", range(config.hidden_size), heads),)
+        yield self._linear("attention.dense", len(heads), dense, bias=config.dense_bias)
+        yield from self._experts() if config.moe else self._dense_mlp()
+
+    def _dense_mlp(self) -> Iterator[Linear]:
+        config, source = self.config, f"layers.{self.layer}."
+        part = self.layout.tp_slice(config.intermediate_size)
+        for name, weight in (("fc", "gate"), ("gate", "up")):
+            yield self._linear(f"mlp.{name}", config.hidden_size, (Piece(source + weight, part),), bias=config.mlp_bias)
+        down = (Piece(source + "down", range(config.hidden_size), part),)
+        yield self._linear("mlp.proj", len(part), down, bias=config.mlp_bias)
+
+    def _experts(self) -> Iterator[Linear]:
+        config, moe = self.config, self.config.moe
+        assert moe is not None
+        part = self.layout.moe_tp_slice(moe.intermediate_size)
+        experts = self.layout.experts(moe.num_experts)
+        fc: list[Piece] = []
+        proj: list[Piece] = []
+        for local, expert in enumerate(experts):
+            source = f"layers.{self.layer}.experts.{expert}."
+            fc += _stack([(source + "up", part), (source + "gate", part)], expert=local)
+            proj.append(Piece(source + "down", range(config.hidden_size), part, expert=local))
+        yield self._linear("mlp.fc", config.hidden_size, tuple(fc), experts=experts)
+        yield self._linear("mlp.proj", len(part), tuple(proj), experts=experts)
+
+    def _linear(
+        self, name: str, in_features: int, pieces: tuple[Piece, ...], *, bias: bool = False, experts: range | None = None
+    ) -> Linear:
+        out_features = sum(len(p.rows) for p in pieces) // (len(experts) if experts else 1)
+        # A row-parallel bias is whole on every rank and added once, after the all-reduce.
+        bias_pieces = tuple(Piece(p.source + ".bias", p.rows, None, p.offset) for p in pieces) if bias else ()
+        return Linear(
+            name=f"transformer.layers.{self.local}.{name}",
+            global_name=f"transformer.layers.{self.layer}.{name}",
+            in_features=in_features,
+            out_features=out_features,
+            precision=self.precision,
+            dtype=self.dtype,
+            pieces=pieces,
+            num_experts=len(experts) if experts is not None else None,
+            first_expert=experts.start if experts is not None else 0,
+            bias_pieces=bias_pieces,
+        )
+
+
+def _head_rows(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _stack(parts: list[tuple[str, range]], expert: int | None = None) -> tuple[Piece, ...]:
+    """Pieces placed one below the other."""
+    pieces: list[Piece] = []
+    offset = 0
+    for source, rows in parts:
+        pieces.append(Piece(source, rows, None, offset, expert))
+        offset += len(rows)
+    return tuple(pieces)

@@ -1,0 +1,146 @@
+"""The safetensors container: headers checked before anything is read, tensors as views of a memory map.
+
+Format: an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data;
+offsets count from the header's end (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trtbuild.checkpoints.rank_tensors import TensorSpec
+from trtbuild.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000
+_ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor's bytes are: `start` counts from the beginning of the file."""
+
+    spec: TensorSpec
+    file: Path
+    start: int
+    num_bytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a file; raises CheckpointError, naming file and tensor, for a header that contradicts the file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or header_size > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file.name}: a header of {header_size} bytes in a file of {size}: truncated or not safetensors")
+        raw = stream.read(header_size)
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name}: the safetensors header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file.name}: the safetensors header is not an object")
+    header.pop("__metadata__", None)
+    data = size - 8 - header_size
+    entries = {name: _entry(file, name, fields, 8 + header_size, data) for name, fields in header.items()}
+    _check_cover(file, entries.values(), 8 + header_size, data)
+    return entries
+
+
+def _entry(file: Path, name: str, fields: Any, base: int, data: int) -> TensorEntry:
+    where = f"{file.name}: tensor {name!r}"
+    try:
+        dtype, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: the header lacks dtype, shape or data_offsets") from error
+    if dtype not in _ITEM_SIZES:
+        raise CheckpointError(f"{where}: dtype {dtype!r} is not one of {', '.join(_ITEM_SIZES)}")
+    numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise CheckpointError(f"{where}: shape {shape!r}, offsets {[start, stop]!r} must be whole numbers from 0 up")
+    if not start <= stop <= data:
+        raise CheckpointError(f"{where}: bytes {start}..{stop} lie outside the {data} bytes of data: the file is truncated or damaged")
+    expected = math.prod(shape) * _ITEM_SIZES[dtype]
+    if stop - start != expected:
+        raise CheckpointError(f"{where}: {dtype} {shape} takes {expected} bytes, the header gives {stop - start}")
+    return TensorEntry(TensorSpec(name, dtype, tuple(shape)), file, base + start, stop - start)
+
+
+def _check_cover(file: Path, entries: Iterable[TensorEntry], base: int, data: int) -> None:
+    """Tensors fill the data without overlap or gap, as the format demands."""
+    position = base
+    for entry in sorted(entries, key=lambda e: (e.start, e.num_bytes)):
+        if entry.start != position:
+            raise CheckpointError(f"{file.name}: tensor {entry.spec.name!r} begins at byte {entry.start}, expected {position}")
+        position += entry.num_bytes
+    if position != base + data:
+        raise CheckpointError(f"{file.name}: {base + data - position} bytes after the last tensor: the file is damaged")
+
+
+def layout_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The bytes in front of the data, and each tensor's absolute start; tensors in the order given, 8-byte aligned."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offsets: dict[str, int] = {}
+    position = 0
+    # Widest types first keeps every tensor aligned to its own item size without gaps.
+    for spec in sorted(specs, key=lambda s: -_ITEM_SIZES[s.dtype]):
+        offsets[spec.name] = position
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.num_bytes],
+        }
+        position += spec.num_bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, {name: 8 + len(raw) + start for name, start in offsets.items()}
+
+
+class MappedTensors:
+    """Tensors of several files as views of memory maps: pages are read on use and can be dropped.
+
+    The maps are copy-on-write, so that a view can never change its file, unless `writable`.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry], *, writable: bool = False) -> None:
+        self.entries = entries
+        self._mode: Literal["r+", "c"] = "r+" if writable else "c"
+        self._maps: dict[Path, np.memmap] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the file's bytes."""
+        import numpy as np
+        import torch
+
+        entry = self.entries[name]
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(entry.file, dtype=np.uint8, mode=self._mode)
+        if not entry.num_bytes:
+            return torch.empty(entry.spec.shape, dtype=torch_dtype(entry.spec.dtype))
+        raw = torch.from_numpy(self._maps[entry.file][entry.start : entry.start + entry.num_bytes])
+        dtype = torch_dtype(entry.spec.dtype)
+        # Headers of odd length occur in the wild; a torch view needs alignment, so those few are copied.
+        aligned = raw if entry.start % max(1, dtype.itemsize) == 0 else raw.clone()
+        return aligned.view(dtype).view(entry.spec.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's type for a safetensors dtype name."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+        "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }[name]  # fmt: skip

@@ -1,0 +1,76 @@
+"""Cutting one rank's network into segments: `embed`, groups of decoder layers, `head`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, TensorSpec
+
+# TensorRT-RTX's compile time grows faster than a plan's depth: about quadratically in conditional experts.
+MAX_SEGMENT_LAYERS = 8
+MAX_SEGMENT_EXPERTS = 64
+
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A group of consecutive decoder layers (or `embed`, `head`) that is compiled as one plan.
+
+    `first_layer` counts within the pipeline stage, as the rank checkpoint does.
+    """
+
+    kind: Literal["embed", "decoder", "head"]
+    index: int
+    first_layer: int = 0
+    num_layers: int = 0
+
+    def checkpoint_name(self, name: str) -> str:
+        """The rank checkpoint's name of the segment's weight or layer `name`."""
+        if self.kind != "decoder":
+            return name if name == "lm_head" or name == "lm_head.weight" else f"transformer.{name}"
+        _, local, rest = name.split(".", 2)
+        return f"transformer.layers.{self.first_layer + int(local)}.{rest}"
+
+    def local_name(self, name: str) -> str | None:
+        """Inverse of `checkpoint_name`; None where the segment does not use `name`."""
+        short = name.removeprefix("transformer.")
+        if self.kind == "embed":
+            return short if short == "vocab_embedding.weight" else None
+        if self.kind == "head":
+            return short if short in ("ln_f.weight", "lm_head.weight") else None
+        if not short.startswith("layers."):
+            return None
+        _, layer, rest = short.split(".", 2)
+        local = int(layer) - self.first_layer
+        return f"layers.{local}.{rest}" if 0 <= local < self.num_layers else None
+
+    def weights(self, plan: RankPlan) -> dict[str, TensorSpec]:
+        """Segment-local name -> spec of every rank tensor that the segment reads."""
+        named = ((self.local_name(spec.name), spec) for spec in plan.tensors())
+        return {name: spec for name, spec in named if name is not None}
+
+    def linears(self, plan: RankPlan) -> dict[str, Linear]:
+        """Segment-local name -> the quantizable linear layers of the segment."""
+        named = ((self.local_name(linear.name), linear) for linear in plan.linears)
+        return {name: linear for name, linear in named if name is not None}
+
+
+def default_segment_layers(plan: RankPlan) -> int:
+    """Decoder layers in a segment: at most 8, and at most 64 experts of a rank."""
+    if plan.config.moe is None:
+        return MAX_SEGMENT_LAYERS
+    experts = len(plan.layout.experts(plan.config.moe.num_experts))
+    return max(1, min(MAX_SEGMENT_LAYERS, MAX_SEGMENT_EXPERTS // experts))
+
+
+def cut_into_segments(plan: RankPlan, segment_layers: int | None = None) -> list[Segment]:
+    """The chain of segments of one rank, in the order of execution."""
+    depth = segment_layers or default_segment_layers(plan)
+    segments = [Segment("embed", 0)] if plan.layout.is_first_stage else []
+    for first in range(0, len(plan.layers), depth):
+        num_layers = min(depth, len(plan.layers) - first)
+        segments.append(Segment("decoder", len(segments), first, num_layers))
+    if plan.layout.is_last_stage:
+        segments.append(Segment("head", len(segments)))
+    return segments

@@ -1,0 +1,102 @@
+"""Rank tensors prepared for the reference executor: one torch tensor per weight, with the scales around it.
+
+Quantized layers keep the arithmetic that the TensorRT network has, so that what is compiled is what was checked:
+fp8 and int8 multiply the stored values and scale the product, int4 multiplies dequantized 16-bit weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.checkpoints.quantization import unpack_int4
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
+
+WeightReader = Callable[[str], torch.Tensor]
+
+# Powers of two that keep products of stored values inside fp16's range; exact, so they change no result.
+FP8_UNIT = 2.0**-9
+INT8_UNIT = 2.0**-7
+FP8_MAX = 448.0
+
+
+@dataclass
+class TorchLinear:
+    """`y = (quantize(x * input_scale) @ weight.T) * output_scale`; weight [out, in] or [experts, out, in].
+
+    `output_scale` is float32: [out] for int8, [1] for fp8, with a leading expert dimension in a stack.
+    """
+
+    weight: torch.Tensor
+    input_scale: torch.Tensor | None = None
+    output_scale: torch.Tensor | None = None
+    linear: Linear | None = None
+
+    def apply(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """x [..., in] -> [..., out] in x's type."""
+        weight = self.weight if expert is None else self.weight[expert]
+        operand = x
+        if self.input_scale is not None:
+            operand = to_fp8(x.float() * self.input_scale).to(weight.dtype) * FP8_UNIT
+        y = operand @ weight.transpose(-1, -2)
+        if self.output_scale is None:
+            return y
+        scale = self.output_scale if expert is None else self.output_scale[expert]
+        return (y.float() * scale).to(x.dtype)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Saturating conversion to e4m3, as TensorRT's Quantize layer does."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+class TorchWeights:
+    """One rank's weights in `dtype` on `device`, under the rank checkpoint's names."""
+
+    def __init__(self, plan: RankPlan, read: WeightReader, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self._dtype = dtype
+        self._device = device
+        self.plain: dict[str, torch.Tensor] = {}
+        self.linears: dict[str, TorchLinear] = {}
+        for tensor in plan.plain:
+            # Norm and router weights take part in float32 arithmetic; both types hold the stored values exactly.
+            in_float32 = tensor.spec.name.endswith(("norm.weight", "ln_f.weight", "router.weight"))
+            self.plain[tensor.spec.name] = self._put(read(tensor.spec.name), torch.float32 if in_float32 else dtype)
+        for linear in plan.linears:
+            self.linears[linear.name] = self._linear(linear, read)
+            if linear.has_bias:
+                self.plain[f"{linear.name}.bias"] = self._put(read(f"{linear.name}.bias"), dtype)
+        if "lm_head.weight" in self.plain:
+            self.linears["lm_head"] = TorchLinear(self.plain["lm_head.weight"])
+
+    def _put(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensor.to(device=self._device, dtype=dtype)
+
+    def _linear(self, linear: Linear, read: WeightReader) -> TorchLinear:
+        stored = read(f"{linear.name}.weight")
+        if linear.precision == "fp8":
+            weight_scale = self._put(read(f"{linear.name}.weights_scaling_factor"), torch.float32)
+            input_scale = self._put(read(f"{linear.name}.activation_scaling_factor"), torch.float32)
+            output_scale = weight_scale * input_scale / FP8_UNIT**2
+            return TorchLinear(self._put(stored, self._dtype) * FP8_UNIT, 1.0 / input_scale, output_scale, linear)
+        if linear.precision == "int8":
+            scale = self._put(read(f"{linear.name}.per_channel_scale"), torch.float32) / INT8_UNIT
+            return TorchLinear(self._put(stored, self._dtype) * INT8_UNIT, None, scale, linear)
+        if linear.precision == "int4":
+            scales = self._put(read(f"{linear.name}.weights_scaling_factor"), self._dtype)
+            values = self._put(unpack_int4(stored), self._dtype).unflatten(-1, (-1, linear.group_size or 1))
+            return TorchLinear((values * scales.unsqueeze(-1)).flatten(-2), linear=linear)
+        return TorchLinear(self._put(stored, self._dtype), linear=linear)
+
+
+def share_replicated(ranks: list[TorchWeights]) -> None:
+    """Let ranks that hold the same bytes hold the same tensor, so that lockstep computes the shared part once."""
+    first = ranks[0]
+    for other in ranks[1:]:
+        for name, tensor in other.plain.items():
+            mine = first.plain.get(name)
+            if mine is not None and mine.shape == tensor.shape and torch.equal(mine, tensor):
+                other.plain[name] = mine

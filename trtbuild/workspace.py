@@ -1,0 +1,150 @@
+"""The workspace: one folder per stage, and results that appear under their name only when complete.
+
+A stage writes into `.NAME.partial` beside its final place, under a lock, and renames it at the end. What a killed
+command left there is continued by the next one, if it was made for the same request, and discarded otherwise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild.errors import CheckpointError, Refused
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+REQUEST_FILE = "request.json"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folders of the stages under `root`, created when something lands in them."""
+
+    root: Path
+
+    @property
+    def build(self) -> Path:
+        return self.root / "build"
+
+    @property
+    def engines(self) -> Path:
+        return self.root / "engines"
+
+    def engine_names(self) -> list[str]:
+        return sorted(file.parent.name for file in self.engines.glob("*/engine.json"))
+
+    def engine(self, name: str) -> Path:
+        """Directory of the engine NAME; `Refused`, listing what there is, when it does not exist."""
+        directory = self.engines / check_name(name)
+        if not (directory / "engine.json").is_file():
+            known = ", ".join(self.engine_names()) or "none yet"
+            raise Refused(f"no engine {name!r} in {self.engines}; there: {known}. Build it with trtbuild compile")
+        return directory
+
+
+def check_name(name: str) -> str:
+    """A NAME is a file name, nothing more: letters, digits, dot, underscore, hyphen."""
+    if not _NAME.fullmatch(name):
+        raise Refused(f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128")
+    return name
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replace `file` with the value, in one step and on disk."""
+    temporary = file.with_name(f".{file.name}.partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that one of our stages wrote; CheckpointError names the file where it is damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is missing or damaged ({error}); build it again with --force") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object; build it again with --force")
+    return value
+
+
+@contextmanager
+def staged(final: Path, request: dict[str, Any], *, force: bool = False) -> Iterator[Path | None]:
+    """The directory in which to build `final`; published when the block ends without an exception.
+
+    Yields None when `final` is there already, made for the same `request`. Raises `Refused` when it was made for
+    another one (unless `force`), and when another process is building it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    digest = digest_of(request)
+    with _locked(final.with_name(f".{final.name}.lock"), final):
+        if final.exists() and not force:
+            _check_same_request(final, digest, request)
+            yield None
+            return
+        partial = final.with_name(f".{final.name}.partial")
+        marker = partial / REQUEST_FILE
+        if partial.exists() and not (marker.is_file() and read_json(marker).get("digest") == digest):
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        if not marker.is_file():
+            write_json(marker, {"digest": digest, "request": request})
+        yield partial
+        _publish(partial, final)
+
+
+def _check_same_request(final: Path, digest: str, request: dict[str, Any]) -> None:
+    marker = final / REQUEST_FILE
+    before = read_json(marker) if marker.is_file() else {}
+    if before.get("digest") == digest:
+        return
+    old = before.get("request", {})
+    changed = [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in request.items() if old.get(key) != value]
+    details = "".join(f"\n  - {line[:300]}" for line in changed)
+    raise Refused(f"{final} was made for another request; replace it with --force, or choose another --name{details}")
+
+
+@contextmanager
+def _locked(lock: Path, final: Path) -> Iterator[None]:
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Refused(f"{final} is being written by another trtbuild process; wait for it, or use another --name") from error
+        yield
+
+
+def _publish(partial: Path, final: Path) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
