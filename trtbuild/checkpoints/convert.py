@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from trtbuild.checkpoints.shards import LinearUnit, Unit, UnitRecord, cut_into_u
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import CheckFailed, Refused
 from trtbuild.progress import ProgressFactory, no_progress
-from trtbuild.workspace import staged, write_json
+from trtbuild.workspace import read_json, staged, write_json
 
 JOURNAL = "journal.jsonl"
+CALIBRATION = "calibration.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,21 @@ class ActivationRange:
     tokens_per_expert: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How to find the activation ranges, and what identifies the result: text digest, tokens."""
+
+    identity: dict[str, Any]
+    run: Callable[[], dict[str, ActivationRange]]
+
+
 def convert(
     source: CheckpointSource,
     directory: Path,
     layout: Layout,
     precision: Precision,
     *,
-    ranges: dict[str, ActivationRange] | None = None,
+    calibration: Calibration | None = None,
     provenance: dict[str, Any] | None = None,
     workers: int = 1,
     force: bool = False,
@@ -52,7 +61,7 @@ def convert(
 ) -> RankCheckpoint:
     """Write `directory` (build/NAME) and open it; an unchanged one is left as it is.
 
-    `ranges` is needed for fp8, by the linear layers' global names. `provenance` goes into trtbuild.json as it is.
+    `calibration` is needed for fp8, and run only if there is work. `provenance` goes into trtbuild.json as it is.
     Raises Refused before work starts where the layout or the disk does not allow it.
     """
     layout.check(source.config)
@@ -61,15 +70,28 @@ def convert(
         "source": source.digest,
         "layout": dataclasses.asdict(layout),
         "precision": dataclasses.asdict(precision),
-        "ranges": {name: found.amax for name, found in sorted((ranges or {}).items())},
+        "calibration": calibration.identity if calibration else None,
     }
     with staged(directory, request, force=force) as partial:
         if partial is not None:
             _allocate(partial, plans)
-            records = _fill(partial, plans, source, ranges or {}, workers, progress)
-            _write_configs(partial, source, layout, precision, manifest(plans, records, ranges or {}), provenance or {})
+            ranges = _activation_ranges(partial, calibration)
+            records = _fill(partial, plans, source, ranges, workers, progress)
+            _write_configs(partial, source, layout, precision, manifest(plans, records, ranges), provenance or {})
             (partial / JOURNAL).unlink()
     return RankCheckpoint.open(directory)
+
+
+def _activation_ranges(partial: Path, calibration: Calibration | None) -> dict[str, ActivationRange]:
+    """Calibrate, or take up what an interrupted run has calibrated."""
+    if calibration is None:
+        return {}
+    file = partial / CALIBRATION
+    if not file.is_file():
+        ranges = calibration.run()
+        write_json(file, {name: dataclasses.asdict(found) for name, found in ranges.items()})
+    saved = read_json(file)
+    return {name: ActivationRange(found["amax"], tuple(found["tokens_per_expert"])) for name, found in saved.items()}
 
 
 def _allocate(partial: Path, plans: list[RankPlan]) -> None:
@@ -115,7 +137,7 @@ def _fill(
     return [UnitRecord(**journal.entries[unit.key]) for unit in units]
 
 
-def _run_parallel(work: Any, units: Iterable[Unit], workers: int, done: Any) -> None:
+def _run_parallel(work: Callable[[Unit], None], units: Iterable[Unit], workers: int, done: Callable[[], None]) -> None:
     """Inline with one worker; otherwise in threads (torch releases the lock), stopping at the first error."""
     if workers <= 1:
         for unit in units:

@@ -8,7 +8,7 @@ layer `mlp.fc` is the two fused, **up first**. Decoder layers are renumbered fro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from trtbuild.checkpoints.layout import RankLayout
@@ -125,6 +125,11 @@ class RankPlan:
 
     def tensors(self) -> list[TensorSpec]:
         return [t.spec for t in self.plain] + [spec for linear in self.linears for spec in linear.tensors()]
+
+    def only_layers(self) -> RankPlan:
+        """The same plan without embedding, final norm and lm_head."""
+        plain = tuple(t for t in self.plain if t.spec.name.startswith("transformer.layers."))
+        return replace(self, plain=plain)
 
     @cached_property
     def linear_by_name(self) -> dict[str, Linear]:

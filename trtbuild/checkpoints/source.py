@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from trtbuild.checkpoints.families import Family, family_of, read_config
 from trtbuild.checkpoints.known_models import KNOWN_MODELS, bundled_directory
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, read_header
+from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, read_header, sampled_digest
 from trtbuild.errors import CheckpointError, Refused
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_FILE = "model.safetensors.index.json"
+# RoPE frequencies are computed; a tied model's file may hold its lm_head once more.
+_IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What the engine needs besides the weights, where the checkpoint has it.
 COMPANION_FILES = (
@@ -40,14 +43,16 @@ class CheckpointSource:
     revision: str | None = None
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> CheckpointSource:
-        """`model` is a known name, a local directory or a hub id.
+    def open(cls, model: str, revision: str | None = None, *, weights: bool = True) -> CheckpointSource:
+        """`model` is a known name, a local directory or a hub id; without `weights` only its config is needed.
 
         Raises CheckpointError or Refused with what was found and the fix, before any weight is read.
         """
         directory, commit = _resolve(model, revision)
         source = cls(model, directory, commit)
-        _ = source.config, source.entries
+        _ = source.config
+        if weights:
+            _ = source.entries
         return source
 
     @cached_property
@@ -79,20 +84,26 @@ class CheckpointSource:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over config.json, every header and 64 bytes from both ends of each tensor: seconds for any size."""
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for name, entry in sorted(self.entries.items()):
-            digest.update(f"{name} {entry.spec.dtype} {entry.spec.shape} {entry.num_bytes}".encode())
-            with entry.file.open("rb") as stream:
-                for start in (entry.start, entry.start + max(0, entry.num_bytes - 64)):
-                    stream.seek(start)
-                    digest.update(stream.read(min(64, entry.num_bytes)))
-        return digest.hexdigest()
+        """Identifies config.json and the weights (see `sampled_digest`)."""
+        config = (self.directory / "config.json").read_bytes()
+        has_weights = any(self.directory.glob("*.safetensors"))
+        return hashlib.sha256(config + (sampled_digest(self.entries) if has_weights else "").encode()).hexdigest()
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the model card's header names, if any."""
+        card = self.directory / "README.md"
+        head = card.read_text(encoding="utf-8", errors="replace")[:4000] if card.is_file() else ""
+        found = re.search(r"^license:\s*(\S+)", head, re.MULTILINE)
+        return found.group(1) if found else None
 
     def _check_shapes(self, entries: dict[str, TensorEntry]) -> None:
         problems = []
-        for canonical, shape in expected_shapes(self.config).items():
-            name = self.family.source_name(canonical)
+        expected = {self.family.source_name(name): shape for name, shape in expected_shapes(self.config).items()}
+        for name in sorted(entries.keys() - expected.keys()):
+            if not name.endswith(_IGNORED_TENSORS):
+                problems.append(f"tensor {name!r} has no place in {self.config.architecture}; dropping it could change the result")
+        for name, shape in expected.items():
             if name not in entries:
                 problems.append(f"tensor {name!r} is missing")
             elif entries[name].spec.shape != shape:

@@ -7,7 +7,6 @@ newest ones, and the difference is the new text.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,15 +42,21 @@ class Detokenizer:
         # Tokens at the start of the window whose text is out already; they are kept as context for the next ones.
         self._num_shown = 0
         self._shown_text = ""
+        self._window_text = ""
 
     def push(self, token_id: int) -> str:
         """The text that is certain now, given one more token; often empty."""
         self._window.append(token_id)
         text = self._decode(self._window)
+        if text == self._window_text and not self._decode([token_id, token_id]):
+            # Invisible (special, or not in the vocabulary): a long run of them must not lengthen the window. Twice,
+            # since a sentencepiece decoder hides a single leading space.
+            self._window.pop()
+            return ""
+        self._window_text = text
         if text.endswith(REPLACEMENT):
             return self._cut_invalid(text) if len(self._window) - self._num_shown > MAX_PENDING else ""
         if len(text) <= len(self._shown_text):
-            # Nothing visible yet (a special token): keep the context.
             return ""
         return self._advance(text, len(self._window))
 
@@ -69,6 +74,7 @@ class Detokenizer:
         self._window = self._window[self._num_shown:]
         self._num_shown = end - self._num_shown
         self._shown_text = self._decode(self._window[:self._num_shown])
+        self._window_text = self._decode(self._window)
         return new
 
     def _cut_invalid(self, text: str) -> str:
@@ -142,8 +148,3 @@ class TextStream:
             return "", False
         text, stopped = self._matcher.push(self._detokenizer.finish())
         return (text, True) if stopped else (text + self._matcher.finish(), False)
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many leading tokens two lists share; comparisons run at C speed."""
-    return len(os.path.commonprefix([left, right]))  # type: ignore[list-item]

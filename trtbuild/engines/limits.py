@@ -20,11 +20,13 @@ class EngineLimits:
     max_batch_size: slots of one decode step.
     max_seq_len: tokens that a slot holds, prompt and answer together.
     chunk_size: tokens of one prefill step.
+    max_input_len: tokens of the longest prompt that is accepted; None for one less than max_seq_len.
     """
 
     max_batch_size: int = 16
     max_seq_len: int = 2048
     chunk_size: int = 512
+    max_input_len: int | None = None
 
     def __post_init__(self) -> None:
         refuse_all("engine limits", self._problems())
@@ -33,6 +35,8 @@ class EngineLimits:
         for name in ("max_batch_size", "max_seq_len", "chunk_size"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}, must be at least 1"
+        if self.max_input_len is not None and not 1 <= self.max_input_len < self.max_seq_len:
+            yield f"max_input_len is {self.max_input_len}, must be from 1 to max_seq_len - 1 ({self.max_seq_len - 1})"
         if self.chunk_size > MAX_CHUNK_SIZE:
             yield f"chunk_size is {self.chunk_size}, at most {MAX_CHUNK_SIZE} (a longer prompt runs in several chunks)"
         if self.chunk_size > self.max_seq_len:

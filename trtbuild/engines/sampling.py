@@ -124,19 +124,33 @@ def warp(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
     return scores
 
 
-def _cut_sorted(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Top-k, then top-p of what is left, over [rows, vocab]."""
+def _cut(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Top-k, then top-p of what is left, over [rows, vocab]; of equal scores all stay or none does."""
+    limits, decided = _cut_limits(scores, params, min(HEAD, scores.shape[-1]))
+    for row, done in enumerate(decided):
+        if not done:
+            limits[row] = _cut_limits(scores[row, None], params[row:row + 1], scores.shape[-1])[0][0]
+    return scores.masked_fill(scores < limits, float("-inf"))
+
+
+def _cut_limits(scores: torch.Tensor, params: Sequence[SamplingParams], width: int) -> tuple[torch.Tensor, list[bool]]:
+    """The smallest score that stays, [rows, 1], from the `width` largest; and for which rows those were enough."""
     vocab = scores.shape[-1]
-    ordered, indices = scores.sort(dim=-1, descending=True, stable=True)
-    last = torch.tensor([min(p.top_k or vocab, vocab) - 1 for p in params], device=scores.device)
-    # Ties with the k-th stay, as in transformers: cutting between equals would depend on the sort.
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), float("-inf"))
-    probabilities = ordered.softmax(dim=-1)
+    head = scores.topk(width, dim=-1).values
+    top_k = [min(p.top_k or vocab, vocab) for p in params]
+    last = torch.tensor([min(k, width) - 1 for k in top_k], device=scores.device)[:, None]
+    limits = head.gather(-1, last)
+    limits = torch.where(torch.tensor([k < vocab for k in top_k], device=scores.device)[:, None], limits, float("-inf"))
+    total = scores.masked_fill(scores < limits, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    probabilities = (head.masked_fill(head < limits, float("-inf")) - total).exp()
     mass_above = probabilities.cumsum(dim=-1) - probabilities
-    top_p = _column([p.top_p for p in params], scores)
-    # At top_p 1 rounding in the sum must not cut the tail off.
-    ordered = ordered.masked_fill((mass_above >= top_p) & (top_p < 1), float("-inf"))
-    return torch.empty_like(scores).scatter_(-1, indices, ordered)
+    # Rounding in the sum must not cut the tail off at top_p 1.
+    top_p = _column([p.top_p if p.top_p < 1 else float("inf") for p in params], scores)
+    kept = (mass_above < top_p).sum(dim=-1, keepdim=True)
+    limits = torch.where(top_p < 1, torch.maximum(limits, head.gather(-1, kept - 1)), limits)
+    inside = [k <= width if p.top_p == 1 else count < width or k <= width == vocab or k <= width
+              for k, p, count in zip(top_k, params, kept[:, 0].tolist(), strict=True)]
+    return limits, [width == vocab or ok for ok in inside]
 
 
 def draw(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:

@@ -50,6 +50,11 @@ class Graph:
             raise EngineBuildError(f"TensorRT cannot tell the shape of {what}: {_last_error()}") from error
         return tensor
 
+    def exists(self, layer: Any, what: str) -> None:
+        """The same check for a layer without an output."""
+        if layer is None:
+            raise EngineBuildError(f"TensorRT refused to add {what}: {_last_error()}")
+
     def input(self, name: str, dtype: str, shape: Sequence[int]) -> trt.ITensor:
         tensor = self.network.add_input(name, DATA_TYPES[dtype], tuple(shape))
         if tensor is None:
@@ -110,6 +115,12 @@ class Graph:
     def matmul(self, a: trt.ITensor, b: trt.ITensor, b_op: trt.MatrixOperation = NONE) -> trt.ITensor:
         return self.output_of(self.network.add_matrix_multiply(a, NONE, b, b_op), f"a matrix multiply{_shapes(a, b)}")
 
+    def silu(self, x: trt.ITensor) -> trt.ITensor:
+        """x * sigmoid(x), in float32 inside."""
+        wide = self.cast(x, trt.float32)
+        layer = self.network.add_activation(wide, trt.ActivationType.SIGMOID)
+        return self.cast(self.multiply(wide, self.output_of(layer, "sigmoid")), x.dtype)
+
     def unary(self, x: trt.ITensor, operation: trt.UnaryOperation) -> trt.ITensor:
         return self.output_of(self.network.add_unary(x, operation), operation.name)
 
@@ -141,12 +152,16 @@ class Graph:
             layer.reshape_dims = tuple(dims)
         return self.output_of(layer, f"reshape{_shapes(x)} to {tuple(dims)}")
 
-    def reshape_as(self, x: trt.ITensor, reference: trt.ITensor) -> trt.ITensor:
-        """Reshape to the run-time shape of `reference`."""
+    def reshape_to(self, x: trt.ITensor, leading: trt.ITensor, tail: Sequence[int]) -> trt.ITensor:
+        """Reshape to run-time dimensions `leading` (int64 [n]) followed by `tail`."""
         layer = self.network.add_shuffle(x)
         if layer is not None:
-            layer.set_input(1, self.shape(reference))
-        return self.output_of(layer, f"reshape{_shapes(x, reference)}")
+            layer.set_input(1, self.concatenate([leading, self.constant(list(tail), np.int64)], 0))
+        return self.output_of(layer, f"reshape{_shapes(x)}")
+
+    def dims(self, x: trt.ITensor, count: int) -> trt.ITensor:
+        """The first `count` run-time dimensions of x, int64 [count]."""
+        return self.output_of(self.network.add_slice(self.shape(x), (0,), (count,), (1,)), "leading dimensions")
 
     def transpose(self, x: trt.ITensor, order: Sequence[int]) -> trt.ITensor:
         layer = self.network.add_shuffle(x)
@@ -164,28 +179,24 @@ class Graph:
         """int64 [rank]."""
         return self.output_of(self.network.add_shape(x), "a shape")
 
-    def filled_like(self, x: trt.ITensor, value: float = 0.0) -> trt.ITensor:
-        """Float32 or int32 `value` in the run-time shape of x, without reading x."""
-        dtype = trt.int32 if x.dtype == trt.int32 else trt.float32
-        fill = self.network.add_fill(trt.Dims([0] * len(x.shape)), trt.FillOperation.LINSPACE, dtype)
-        if fill is not None:
-            fill.set_input(0, self.shape(x))
-            number = np.int32 if dtype == trt.int32 else np.float32
-            fill.set_input(1, self.constant(value, number))
-            fill.set_input(2, self.constant([0] * len(x.shape), number))
-        return self.output_of(fill, "a fill")
+    def zeros_like(self, x: trt.ITensor) -> trt.ITensor:
+        """Float32 zeros in the run-time shape of x, without reading x."""
+        rank = len(x.shape)
+        return self._linspace(self.shape(x), trt.float32, np.float32, [0] * rank)
 
     def iota_rows(self, x: trt.ITensor) -> trt.ITensor:
-        """int32 [rows, 1]: 0, 1, 2, ... over the run-time first dimension of x [rows, width]."""
-        rows = self.network.add_slice(self.shape(x), (0,), (1,), (1,))
-        one = self.constant([1], np.int64)
-        size = self.concatenate([self.output_of(rows, "the number of rows"), one], 0)
-        fill = self.network.add_fill(trt.Dims([0, 0]), trt.FillOperation.LINSPACE, trt.int32)
+        """int32 [rows, 1]: 0, 1, 2, ... over the run-time first dimension of x."""
+        size = self.concatenate([self.dims(x, 1), self.constant([1], np.int64)], 0)
+        return self._linspace(size, trt.int32, np.int32, [1, 0])
+
+    def _linspace(self, size: trt.ITensor, dtype: trt.DataType, number: type, steps: Sequence[int]) -> trt.ITensor:
+        """Values from 0 that grow by `steps` along each dimension."""
+        fill = self.network.add_fill(trt.Dims([0] * len(steps)), trt.FillOperation.LINSPACE, dtype)
         if fill is not None:
             fill.set_input(0, size)
-            fill.set_input(1, self.constant(0, np.int32))
-            fill.set_input(2, self.constant([1, 0], np.int32))
-        return self.output_of(fill, "a row count")
+            fill.set_input(1, self.constant(0, number))
+            fill.set_input(2, self.constant(list(steps), number))
+        return self.output_of(fill, "a fill")
 
     def quantize(self, x: trt.ITensor, scale: trt.ITensor, dtype: trt.DataType) -> trt.ITensor:
         return self.output_of(self.network.add_quantize(x, scale, dtype), "quantize")

@@ -1,0 +1,54 @@
+# make demo   sets up, and compiles the bundled Mixtral into FP8 and INT4 engines that answer
+# make test   sets up, and runs the tests
+# make soak   the long tests, by hand
+# make lint   ruff and pyright
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two cores are common; more threads than cores only slow torch down.
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test soak lint venv clean
+
+demo: $(VENV)/.ready
+	bash demo.sh
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . ; $(BIN)/pyright
+
+venv: $(VENV)/.ready
+
+# Debian and Ubuntu split venv off; the package is asked for only where it is missing.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { \
+	  echo "python3-venv is missing; installing it with apt-get"; rm -rf $(VENV); \
+	  $$( [ "$$(id -u)" = 0 ] || echo sudo ) sh -c 'apt-get update -qq && apt-get install -y -qq python3-venv' && \
+	  $(PYTHON) -m venv $(VENV); }
+
+# torch first, in its CPU build where there is no NVIDIA driver: the default build brings gigabytes of CUDA. pip finds the
+# CPU build where an index or wheel directory that it is configured for has it; uv knows PyTorch's own index.
+$(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --upgrade pip
+	@if [ -e /proc/driver/nvidia/version ]; then \
+	  $(BIN)/python -m pip install -q torch==$(TORCH); \
+	else \
+	  $(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || { $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
+	  || $(BIN)/python -m pip install -q torch==$(TORCH); \
+	fi
+	$(BIN)/python -m pip install -q -e '.[rtx,gpu,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The main job on the bundled model: a Mixtral checkpoint becomes FP8 and INT4 TensorRT engines, sharded over two ranks,
+# on any x86-64 Linux machine, and then answers. Engines land in engines/.
+set -euo pipefail
+cd "$(dirname "$0")"
+trtbuild=.venv/bin/trtbuild
+
+say() { printf '\n$ %s\n' "trtbuild ${*@Q}"; "$trtbuild" "$@"; }
+
+say compile tiny-mixtral --tp 2 --moe-ep 2 --precision fp8
+say compile tiny-mixtral --tp 2 --precision int4
+say generate tiny-mixtral-fp8-tp2-ep2 "ROMEO" --max-tokens 40
+say generate tiny-mixtral-int4-tp2 "What news from the king" --chat --max-tokens 40

@@ -1,0 +1,134 @@
+"""`trtbuild doctor`: what works on this machine, what is missing, and the command that would bring it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+
+Status = Literal["ok", "missing", "info"]
+_MARKS = {"ok": "[green]ok     [/]", "missing": "[yellow]missing[/]", "info": "[blue]note   [/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; `fix` says how to bring what is missing."""
+
+    subject: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at the machine; changes nothing, starts nothing that stays."""
+    return [_machine(), _torch(), *_gpus(), _tensorrt_rtx(), _tensorrt_llm(), _triton(), _perf_analyzer(), *_abilities()]
+
+
+def print_findings(findings: list[Finding]) -> None:
+    console = Console()
+    for finding in findings:
+        console.print(f"{_MARKS[finding.status]} {finding.subject:16} {escape(finding.detail)}", highlight=False, soft_wrap=True)
+        if finding.fix:
+            console.print(f"{'':8}{'':16} to get it: {escape(finding.fix)}", highlight=False, soft_wrap=True)
+
+
+def _machine() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    detail = (
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{memory.total / 2**30:.0f} GiB memory ({memory.available / 2**30:.0f} free)"
+    )
+    return Finding("machine", "ok", detail)
+
+
+def _torch() -> Finding:
+    import torch
+
+    device = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "CPU only"
+    return Finding("torch", "ok", f"{torch.__version__}, {device}: runs the reference executor")
+
+
+def _gpus() -> list[Finding]:
+    """Through NVML, which needs the driver but neither CUDA nor torch."""
+    try:
+        import pynvml
+    except ImportError:
+        return [Finding("GPU", "missing", "nvidia-ml-py is not installed, so GPUs were not looked for", "pip install 'trtbuild[gpu]'")]
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [Finding("GPU", "missing", f"no NVIDIA driver answers ({error}); engines compile here all the same")]
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        return [_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(pynvml: Any, index: int, driver: str) -> Finding:
+    from trtbuild.engines.targets import TARGETS
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    target = f"sm{major}{minor}"
+    name = pynvml.nvmlDeviceGetName(handle)
+    known = "" if target in TARGETS else "; TensorRT-RTX has no target for it"
+    return Finding(f"GPU {index}", "ok", f"{name}, {target}, {memory.total / 2**30:.0f} GiB, driver {driver}{known}")
+
+
+def _tensorrt_rtx() -> Finding:
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        return Finding("TensorRT-RTX", "missing", f"the default builder cannot run ({error})", "pip install 'trtbuild[rtx]'")
+    return Finding("TensorRT-RTX", "ok", f"{tensorrt_rtx.__version__}: compiles engines, with or without a GPU")
+
+
+def _tensorrt_llm() -> Finding:
+    version = _installed("tensorrt_llm")
+    if version is None:
+        return Finding("TensorRT-LLM", "info", "not installed; only the tensorrt-llm builder would need it")
+    return Finding("TensorRT-LLM", "ok", version)
+
+
+def _triton() -> Finding:
+    server = shutil.which("tritonserver")
+    if server is None:
+        return Finding("Triton", "info", "no tritonserver on PATH; serving is not part of this version yet")
+    return Finding("Triton", "ok", server)
+
+
+def _perf_analyzer() -> Finding:
+    binary = shutil.which("perf_analyzer")
+    if binary is None:
+        return Finding("perf_analyzer", "info", "not on PATH; measuring is not part of this version yet")
+    return Finding("perf_analyzer", "ok", binary)
+
+
+def _abilities() -> list[Finding]:
+    """What follows, in the user's words."""
+    can_compile = _installed("tensorrt-rtx-cu12") is not None
+    return [
+        Finding("compile", "ok" if can_compile else "missing", "trtbuild compile" + ("" if can_compile else " needs TensorRT-RTX")),
+        Finding("run", "ok", "trtbuild generate, by the reference executor (PyTorch); TensorRT engines are not executed yet"),
+    ]
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""Static activation ranges for fp8: the model runs in 16 bit, layer by layer, over the calibration text.
+
+One decoder layer's weights and the hidden states of the calibration tokens are all that is in memory. Every expert of
+an MoE layer sees every token, so that none is left uncalibrated however the router prefers others; how many tokens
+each expert was really routed is recorded beside its range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from trtbuild.checkpoints.convert import ActivationRange
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.model_config import ModelConfig
+from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.safetensors_file import torch_dtype
+from trtbuild.checkpoints.shards import fill_all
+from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.checkpoints.tokenizer import load_tokenizer
+from trtbuild.engines.network import define_segment
+from trtbuild.engines.rope import rope_tables
+from trtbuild.engines.segments import Segment
+from trtbuild.engines.torch_ops import Observer, RoutingObserver, Step, TorchOps
+from trtbuild.engines.torch_weights import TorchWeights
+from trtbuild.errors import CheckpointError
+from trtbuild.progress import ProgressFactory, no_progress
+
+NUM_SEQUENCES = 16
+SEQUENCE_LENGTH = 512
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text and where it came from, for the record."""
+
+    name: str
+    text: str
+
+    @classmethod
+    def open(cls, file: Path | None) -> CalibrationText:
+        """A file, or the bundled public-domain text."""
+        if file is None:
+            return cls("bundled", resources.files("trtbuild.data").joinpath("calibration.txt").read_text("utf-8"))
+        try:
+            return cls(file.name, file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"--calib-data {file}: not a readable UTF-8 text ({error})") from error
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def calibration_tokens(source: CheckpointSource, text: CalibrationText) -> list[list[int]]:
+    """Sequences of equal length, evenly spaced over the text, each beginning as the tokenizer begins a text."""
+    tokenizer = load_tokenizer(source.directory)
+    # verbose=False: a text longer than the model's context is meant to be cut up here.
+    ids: list[int] = tokenizer(text.text, verbose=False)["input_ids"]
+    plain: list[int] = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = ids[: len(ids) - len(plain)] if ids[-len(plain) :] == plain else []
+    length = min(SEQUENCE_LENGTH, source.config.max_position_embeddings) - len(prefix)
+    if len(plain) < length:
+        raise CheckpointError(f"calibration text {text.name!r} has {len(plain)} tokens; it takes at least {length}")
+    last = len(plain) - length
+    count = min(NUM_SEQUENCES, 1 + last // max(1, length // 2))
+    starts = [round(last * i / max(1, count - 1)) for i in range(count)]
+    return [prefix + plain[start : start + length] for start in starts]
+
+
+def calibrate(
+    source: CheckpointSource,
+    sequences: Sequence[Sequence[int]],
+    *,
+    device: torch.device | None = None,
+    progress: ProgressFactory = no_progress,
+) -> dict[str, ActivationRange]:
+    """Largest absolute input of every quantizable linear layer, by global name, over all sequences."""
+    config, device = source.config, device or torch.device("cpu")
+    tokens = torch.tensor(sequences, device=device)
+    dtype = torch_dtype({"bf16": "BF16", "fp16": "F16"}[config.dtype])
+    hidden = source.tensor("embedding")[tokens.cpu()].to(device=device, dtype=dtype)
+    found: dict[str, ActivationRange] = {}
+    with progress("calibrating", config.num_layers, "layers") as bar:
+        for layer in range(config.num_layers):
+            hidden, ranges = _run_layer(source, layer, hidden)
+            found |= ranges
+            bar.advance()
+    return found
+
+
+@torch.inference_mode()
+def _run_layer(source: CheckpointSource, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, ActivationRange]]:
+    """One layer over hidden [sequences, length, H]: its output, and what its linear layers saw."""
+    config = source.config
+    weights = _layer_weights(source, layer, hidden)
+    amax: dict[str, float] = {}
+    counts: dict[str, torch.Tensor] = {}
+
+    def observe(linear: Linear, expert: int | None, x: torch.Tensor) -> None:
+        amax[linear.global_name] = max(amax.get(linear.global_name, 0.0), float(x.abs().max()))
+
+    def observe_routing(name: str, tokens: torch.Tensor) -> None:
+        counts[name] = counts.get(name, torch.zeros_like(tokens)) + tokens
+
+    outputs = [_run_batch(config, weights, batch, observe, observe_routing) for batch in hidden.split(_BATCH)]
+    routed = tuple(int(n) for n in next(iter(counts.values()))) if counts else ()
+    ranges = {
+        name: ActivationRange(value, routed if ".mlp." in name else ()) for name, value in amax.items()
+    }
+    broken = [name for name, found in ranges.items() if not found.amax < float("inf")]
+    if broken:
+        raise CheckpointError(f"calibration: the input of {broken[0]} is not finite; the checkpoint or its dtype is damaged")
+    return torch.cat(outputs), ranges
+
+
+def _layer_weights(source: CheckpointSource, layer: int, hidden: torch.Tensor) -> TorchWeights:
+    """One layer alone: a pipeline with a stage per layer cuts it out, without embedding and head."""
+    config = source.config
+    stage = Layout(pp=config.num_layers).rank(layer)
+    plan = plan_rank(config, stage, Precision(config.dtype, config.dtype)).only_layers()
+    [tensors] = fill_all([plan], source.tensor)
+    return TorchWeights(plan, tensors.__getitem__, hidden.dtype, hidden.device)
+
+
+def _run_batch(
+    config: ModelConfig, weights: TorchWeights, hidden: torch.Tensor, observer: Observer, routing_observer: RoutingObserver
+) -> torch.Tensor:
+    num_sequences, length, _ = hidden.shape
+    shape = (num_sequences, config.num_kv_heads, length, config.head_dim)
+    caches = {
+        f"transformer.layers.0.attention.{kind}_cache": torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
+        for kind in ("key", "value")
+    }
+    cos, sin = (table.to(hidden.device).expand(num_sequences, -1, -1) for table in rope_tables(config, length))
+    segment = Segment("decoder", 0, 0, 1)
+    step = Step(range(num_sequences), [0] * num_sequences, length)
+    inputs = {"hidden": [hidden], "rope_cos": [cos], "rope_sin": [sin]}
+    ops = TorchOps(segment, [weights], inputs, step, [caches], None, observer, routing_observer)
+    define_segment(ops, weights.plan, segment)
+    return ops.outputs["hidden"][0]
+

@@ -1,0 +1,217 @@
+"""The road from a recipe to an engine directory: resolve, convert, build plans, publish with a passport."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trtbuild
+from trtbuild.checkpoints.convert import Calibration, convert, default_workers
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.model_config import ModelConfig
+from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, rank_file
+from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.source import COMPANION_FILES, CheckpointSource
+from trtbuild.engines.calibration import CalibrationText, calibrate, calibration_tokens
+from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
+from trtbuild.engines.passport import FORMAT_VERSION, PASSPORT, PLAN_DIRECTORY, TOKENIZER_DIRECTORY, file_digests
+from trtbuild.engines.targets import resolve_targets
+from trtbuild.errors import Refused, refuse_all
+from trtbuild.progress import ProgressFactory, no_progress
+from trtbuild.recipe import Recipe
+from trtbuild.workspace import Workspace, staged, write_json
+
+# Without --max-seq-len: the model's own limit, but not a KV cache that few machines hold.
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with everything resolved against the checkpoint's config, and checked."""
+
+    recipe: Recipe
+    source: CheckpointSource
+    layout: Layout
+    precision: Precision
+    limits: EngineLimits
+    targets: tuple[str, ...]
+
+    @classmethod
+    def resolve(cls, recipe: Recipe) -> Job:
+        """Raises Refused with what cannot be done, before any expensive byte."""
+        layout = recipe.layout
+        source = CheckpointSource.open(recipe.model, recipe.revision, weights=not recipe.plan_only)
+        config = source.config
+        layout.check(config)
+        precision = Precision.resolve(recipe.precision, config.dtype)
+        refuse_all("recipe", _problems(recipe, config))
+        job = cls(recipe, source, layout, precision, _limits(recipe, config), resolve_targets(recipe.target, precision))
+        _ = job.plans
+        return job
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    @property
+    def plans(self) -> list[RankPlan]:
+        return [plan_rank(self.config, rank, self.precision) for rank in self.layout.ranks()]
+
+    def request(self) -> dict[str, Any]:
+        """What identifies the engine: the same request is the same engine."""
+        return {
+            "source": self.source.digest,
+            "layout": dataclasses.asdict(self.layout),
+            "precision": dataclasses.asdict(self.precision),
+            "limits": dataclasses.asdict(self.limits),
+            "targets": list(self.targets),
+            "builder": self.recipe.builder,
+            "segment_layers": self.recipe.segment_layers,
+            "moe_form": self.recipe.moe_form,
+            "embed_weights": self.recipe.embed_weights,
+            "plan_only": self.recipe.plan_only,
+            "calibration": self._calibration_text().digest if self.precision.weights == "fp8" else None,
+        }
+
+    def calibration(self, progress: ProgressFactory) -> Calibration | None:
+        """For fp8: how to find the activation ranges."""
+        if self.precision.weights != "fp8":
+            return None
+        text = self._calibration_text()
+        sequences = calibration_tokens(self.source, text)
+        identity = {"text": text.name, "text_sha256": text.digest, "num_tokens": sum(map(len, sequences))}
+        return Calibration(identity, lambda: calibrate(self.source, sequences, progress=progress))
+
+    def _calibration_text(self) -> CalibrationText:
+        return CalibrationText.open(self.recipe.calib_data)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What `trtbuild compile` tells at its end."""
+
+    directory: Path
+    passport: dict[str, Any]
+    seconds: float
+
+
+def convert_model(
+    job: Job, workspace: Workspace, *, workers: int | None = None, force: bool = False, progress: ProgressFactory = no_progress
+) -> RankCheckpoint:
+    """HF checkpoint -> build/NAME, or what is there already for the same request."""
+    calibration = job.calibration(progress)
+    provenance = {"calibration": calibration.identity if calibration else None, "command": job.recipe.command()}
+    return convert(
+        job.source, workspace.build / job.recipe.engine_name, job.layout, job.precision,
+        calibration=calibration, provenance=provenance, workers=workers or default_workers(), force=force, progress=progress,
+    )  # fmt: skip
+
+
+def compile_engine(
+    job: Job, workspace: Workspace, *, workers: int | None = None, force: bool = False, progress: ProgressFactory = no_progress
+) -> CompileReport:
+    """HF checkpoint -> build/NAME -> engines/NAME; finished stages are not run again."""
+    started = time.monotonic()
+    final = workspace.engines / job.recipe.engine_name
+    checkpoint = None if job.recipe.plan_only else convert_model(job, workspace, workers=workers, force=force, progress=progress)
+    with staged(final, job.request(), force=force) as partial:
+        if partial is not None:
+            if checkpoint:
+                _link_weights(checkpoint, partial)
+            _copy_companions(job.source, partial / TOKENIZER_DIRECTORY)
+            built = _build_plans(job, checkpoint, partial / PLAN_DIRECTORY, workers, progress)
+            write_json(partial / PASSPORT, _passport(job, checkpoint, partial, built))
+    from trtbuild.engines.passport import Passport
+
+    return CompileReport(final, Passport.open(final).data, time.monotonic() - started)
+
+
+def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
+    if recipe.kv_cache == "fp8":
+        yield (
+            "--kv-cache fp8: TensorRT-RTX's KV cache update takes float, half and bfloat16 caches only, and a cache "
+            "that is dequantized around it saves no memory; use --kv-cache auto"
+        )
+    elif recipe.kv_cache not in ("auto", Precision.resolve(recipe.precision, config.dtype).dtype):
+        yield f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; use auto, or --precision {recipe.kv_cache}"
+    if recipe.plan_only and (recipe.precision == "int4" or recipe.embed_weights):
+        yield (
+            "--plan-only compiles without weights, but int4 (and --embed-weights) puts them into the plan: TensorRT "
+            "unpacks int4 inputs to fp16; use another --precision, or compile with the weights"
+        )
+    longest = _longest_sequence(config)
+    if recipe.max_seq_len and recipe.max_seq_len > longest:
+        yield f"--max-seq-len {recipe.max_seq_len}: the model's positions end at {longest}"
+    if recipe.max_input_len and recipe.max_seq_len and recipe.max_input_len >= recipe.max_seq_len:
+        yield f"--max-input-len {recipe.max_input_len} leaves no room for an answer in --max-seq-len {recipe.max_seq_len}"
+    if recipe.moe_form != "auto" and config.moe is None:
+        yield f"--moe-form {recipe.moe_form}: {config.architecture} has no experts"
+
+
+def _longest_sequence(config: ModelConfig) -> int:
+    """Scaled RoPE reaches `factor` times further where the checkpoint's limit is the unscaled one."""
+    if config.rope.type in ("linear", "dynamic", "yarn"):
+        base = config.rope.original_max_position_embeddings or config.max_position_embeddings
+        return max(config.max_position_embeddings, int(base * config.rope.factor))
+    return config.max_position_embeddings
+
+
+def _limits(recipe: Recipe, config: ModelConfig) -> EngineLimits:
+    max_seq_len = recipe.max_seq_len or min(config.max_position_embeddings, DEFAULT_MAX_SEQ_LEN)
+    return EngineLimits(
+        max_batch_size=recipe.max_batch_size,
+        max_seq_len=max_seq_len,
+        max_input_len=recipe.max_input_len or max_seq_len - 1,
+        chunk_size=recipe.chunk_size or min(MAX_CHUNK_SIZE, max_seq_len),
+    )
+
+
+def _link_weights(checkpoint: RankCheckpoint, target: Path) -> None:
+    """Hard links cost no disk; across file systems the files are copied."""
+    names = [rank_file(rank) for rank in range(checkpoint.layout.world_size)] + [AUTHORITY, "config.json"]
+    for name in names:
+        (target / name).unlink(missing_ok=True)
+        try:
+            os.link(checkpoint.directory / name, target / name)
+        except OSError:
+            shutil.copyfile(checkpoint.directory / name, target / name)
+
+
+def _copy_companions(source: CheckpointSource, target: Path) -> None:
+    """Tokenizer, generation config, licence; and config.json, by which transformers picks the tokenizer class."""
+    target.mkdir(exist_ok=True)
+    for name in ("config.json", *COMPANION_FILES):
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, target / name)
+
+
+def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, built: dict[str, Any]) -> dict[str, Any]:
+    manifest = checkpoint.authority["tensors"] if checkpoint else None
+    return {
+        "format": FORMAT_VERSION,
+        "name": job.recipe.engine_name,
+        "trtbuild": trtbuild.__version__,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "rebuild": job.recipe.command(),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "source": {
+            "model": job.source.model, "revision": job.source.revision, "digest": job.source.digest,
+            "license": job.source.license,
+        },
+        "model": job.config.to_dict(),
+        "layout": dataclasses.asdict(job.layout),
+        "precision": dataclasses.asdict(job.precision),
+        "limits": dataclasses.asdict(job.limits),
+        "targets": list(job.targets),
+        **built,
+        "tensors": manifest,
+        "accuracy": None,
+        "digests": file_digests(directory, job.layout, built["plans"], weights=checkpoint is not None),
+    }  # fmt: skip

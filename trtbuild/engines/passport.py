@@ -1,0 +1,118 @@
+"""`engine.json`, the passport: what an engine is, what it was made from, and how to make it again.
+
+It is read and checked before anything else of an engine is. Format versions: an engine of another version is refused
+with the command that rebuilds it; a version changes when a reader of the old one would go wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.model_config import ModelConfig
+from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, rank_file
+from trtbuild.checkpoints.safetensors_file import read_header, sampled_digest
+from trtbuild.engines.limits import EngineLimits
+from trtbuild.errors import CheckpointError, Refused
+from trtbuild.workspace import read_json
+
+FORMAT_VERSION = 1
+PASSPORT = "engine.json"
+PLAN_DIRECTORY = "plans"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Passport:
+    """A checked engine.json; `data` is the whole of it."""
+
+    directory: Path
+    data: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Passport:
+        """Raises Refused for another format version, CheckpointError for a missing or damaged file."""
+        if not (directory / PASSPORT).is_file():
+            raise CheckpointError(f"{directory}: no {PASSPORT}; this is not an engine (trtbuild compile makes one)")
+        data = read_json(directory / PASSPORT)
+        rebuild = data.get("rebuild", "trtbuild compile")
+        if data.get("format") != FORMAT_VERSION:
+            raise Refused(
+                f"{directory}: passport format {data.get('format')}, this trtbuild reads {FORMAT_VERSION}; rebuild: {rebuild}"
+            )
+        return cls(directory, data)
+
+    @property
+    def name(self) -> str:
+        return self.data["name"]
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.data["model"])
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(**self.data["layout"])
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(**self.data["precision"])
+
+    @property
+    def limits(self) -> EngineLimits:
+        return EngineLimits(**self.data["limits"])
+
+    @property
+    def rebuild(self) -> str:
+        """The command that makes this engine again."""
+        return self.data["rebuild"]
+
+    @property
+    def has_weights(self) -> bool:
+        """False for an engine of `--plan-only`."""
+        return bool(self.data["digests"]["weights"])
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.directory / TOKENIZER_DIRECTORY
+
+    def check_files(self) -> None:
+        """Compare every file with its digest; raises CheckpointError that names the first that differs."""
+        if not self.has_weights:
+            raise Refused(f"{self.name} was compiled with --plan-only and has no weights; to run it: {self.rebuild}")
+        found = file_digests(self.directory, self.layout, self.data["plans"])
+        for group, files in self.data["digests"].items():
+            if not isinstance(files, dict):
+                continue
+            for file, digest in files.items():
+                if found[group].get(file) != digest:
+                    state = "is missing" if file not in found[group] else "differs from what was built"
+                    raise CheckpointError(f"{self.directory}: {file} {state}; rebuild: {self.rebuild} --force")
+
+
+def file_digests(directory: Path, layout: Layout, plans: list[dict[str, Any]], *, weights: bool = True) -> dict[str, Any]:
+    """Digests of an engine directory's files; of weights, headers and the ends of each tensor (see `sampled_digest`)."""
+    ranks = [rank_file(rank) for rank in range(layout.world_size)] if weights else []
+    tokenizer = sorted((directory / TOKENIZER_DIRECTORY).glob("*"))
+    authority = [AUTHORITY] if weights else []
+    plan_files = [f"{PLAN_DIRECTORY}/{plan['file']}" for plan in plans]
+    return {
+        "weights": {name: sampled_digest(read_header(directory / name)) for name in ranks if (directory / name).is_file()},
+        "manifest": {name: _sha256(directory / name) for name in authority if (directory / name).is_file()},
+        "plans": {name: _sha256(directory / name) for name in plan_files if (directory / name).is_file()},
+        "tokenizer": {f"{TOKENIZER_DIRECTORY}/{file.name}": _sha256(file) for file in tokenizer},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""The recipe: everything a user asks for, as one checked object; TOML on disk, flags on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.precision import PrecisionName
+from trtbuild.errors import Refused
+from trtbuild.workspace import check_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BuilderName = Literal["tensorrt-rtx", "tensorrt", "tensorrt-llm"]
+KvCacheName = Literal["auto", "bf16", "fp16", "fp8"]
+
+
+class Recipe(BaseModel):
+    """Field names are the long flags of `trtbuild compile`, with underscores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    revision: str | None = None
+    name: str | None = None
+    precision: PrecisionName = "bf16"
+    kv_cache: KvCacheName = "auto"
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    moe_tp: int | None = Field(default=None, ge=1)
+    moe_ep: int | None = Field(default=None, ge=1)
+    builder: BuilderName = "tensorrt-rtx"
+    target: tuple[str, ...] = ()
+    max_batch_size: int = Field(default=8, ge=1)
+    max_input_len: int | None = Field(default=None, ge=1)
+    max_seq_len: int | None = Field(default=None, ge=2)
+    chunk_size: int | None = Field(default=None, ge=1)
+    calib_data: Path | None = None
+    segment_layers: int | None = Field(default=None, ge=1)
+    moe_form: Literal["auto", "conditional", "routed", "dense"] = "auto"
+    embed_weights: bool = False
+    plan_only: bool = False
+
+    @classmethod
+    def read(cls, file: Path, **overrides: Any) -> Recipe:
+        """A recipe file, with flags on top. A relative `model` or `calib_data` is relative to the file."""
+        try:
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise Refused(f"recipe {file}: {error}") from error
+        for key in ("model", "calib_data"):
+            value = content.get(key)
+            if isinstance(value, str) and (file.parent / value).exists():
+                content[key] = str(file.parent / value)
+        return cls.create(**{**content, **overrides})
+
+    @classmethod
+    def create(cls, **fields: Any) -> Recipe:
+        """Validate; raises `Refused` that lists every field that is wrong and what is allowed."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors()]
+            raise Refused("recipe: " + "; ".join(lines)) from error
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.resolve(self.tp, self.pp, self.moe_tp, self.moe_ep)
+
+    @property
+    def engine_name(self) -> str:
+        """NAME of build/ and engines/: `--name`, or MODEL-PRECISION-tpN[-epN][-ppN][-trtllm]."""
+        if self.name:
+            return check_name(self.name)
+        layout = self.layout
+        model = Path(self.model).name.lower()
+        parts = [model, self.precision, f"tp{layout.tp}"]
+        parts += [f"ep{layout.moe_ep}"] if layout.moe_ep > 1 else []
+        parts += [f"pp{layout.pp}"] if layout.pp > 1 else []
+        parts += ["trtllm"] if self.builder == "tensorrt-llm" else []
+        return check_name("-".join(parts))
+
+    def command(self) -> str:
+        """The `trtbuild compile` command line that asks for this recipe."""
+        import shlex
+
+        words = ["trtbuild", "compile", self.model]
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if field == "model" or value == info.default:
+                continue
+            flag = "--" + field.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag)
+            else:
+                words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+        return shlex.join(words)

@@ -1,0 +1,72 @@
+"""What commands print when they are done: results on stdout, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
+    from trtbuild.engines.compile import CompileReport
+
+
+def print_conversion(checkpoint: RankCheckpoint, as_json: bool) -> None:
+    """The rank checkpoint: where, how big, and which precision how many layers got."""
+    sizes = [file.stat().st_size for file in sorted(checkpoint.directory.glob("rank*.safetensors"))]
+    linears = _precisions(checkpoint.authority["tensors"])
+    if as_json:
+        click.echo(json.dumps({"directory": str(checkpoint.directory), "rank_bytes": sizes, "precisions": linears}))
+        return
+    click.echo(f"rank checkpoint  {checkpoint.directory}")
+    click.echo(f"  ranks          {len(sizes)}, {', '.join(_mib(size) for size in sizes)}")
+    click.echo(f"  linear layers  {_describe_precisions(linears)}")
+
+
+def print_engine(report: CompileReport, as_json: bool) -> None:
+    """The engine: what was asked, what the plan verifier found, and how to ask it something."""
+    passport = report.passport
+    if as_json:
+        click.echo(json.dumps({"directory": str(report.directory), "seconds": report.seconds, "passport": passport}))
+        return
+    layout, limits = passport["layout"], passport["limits"]
+    click.echo(f"engine     {report.directory}")
+    click.echo(f"  model    {passport['source']['model']} ({passport['model']['architecture']})")
+    click.echo(f"  layout   tp {layout['tp']}, pp {layout['pp']}, moe-tp {layout['moe_tp']}, moe-ep {layout['moe_ep']}")
+    click.echo(f"  limits   {limits['max_batch_size']} slots of {limits['max_seq_len']} tokens, chunks of {limits['chunk_size']}")
+    if passport["tensors"]:
+        click.echo(f"  weights  {_describe_precisions(_precisions(passport['tensors']))}")
+    builder = passport["builder"]
+    click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {', '.join(passport['targets'])}")
+    for plan in passport["plans"]:
+        click.echo(f"           {describe_plan(plan)}")
+    click.echo(f"  took     {report.seconds:.1f} s")
+    if passport["tensors"]:
+        click.echo(f'next: trtbuild generate {passport["name"]} "a prompt"')
+
+
+def describe_plan(plan: dict[str, Any]) -> str:
+    """One line of a plan: its size, scratch, GEMM types and MoE form, as the verifier read them from the plan."""
+    found = plan.get("verification", {})
+    parts = [f"{plan['file']:34}", f"{plan['num_bytes'] / 2**20:7.2f} MiB", f"scratch {_mib(plan['scratch_bytes'])}"]
+    gemms = found.get("gemm_operands")
+    if gemms:
+        parts.append("GEMMs " + ", ".join(f"{count} {kind}" for kind, count in sorted(gemms.items())))
+    if plan.get("moe_form"):
+        parts.append(f"MoE {plan['moe_form']}")
+    return ", ".join(parts)
+
+
+def _precisions(tensors: dict[str, Any]) -> dict[str, int]:
+    """How many linear layers have each precision; other tensors are keyed by rank and not counted."""
+    return dict(Counter(entry["precision"] for name, entry in tensors.items() if not name.startswith("rank")))
+
+
+def _describe_precisions(linears: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(linears.items()))
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
