@@ -14,12 +14,26 @@ from trtbuild import __version__
 F = TypeVar("F", bound=Callable[..., Any])
 
 _workspace = click.option(
-    "--workspace", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Where build/ and engines/ are.  [default: .]"
+    "--workspace",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    help="Where build/ and engines/ are.  [default: .]",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Ctrl-C ends with 130 and says that nothing is lost."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on where it was", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="trtbuild")
 def main() -> None:
     """Hugging Face checkpoints to TensorRT engines, served by Triton, measured.
@@ -34,12 +48,16 @@ def _recipe_options(command: F) -> F:
         click.option("--name", help="NAME of the result.  [default: MODEL-PRECISION-tpN...]"),
         click.option("--revision", help="Hub revision (branch, tag or commit)."),
         click.option("--precision", type=click.Choice(["bf16", "fp16", "fp8", "int8", "int4"]), help="[default: bf16]"),
-        click.option("--kv-cache", type=click.Choice(["auto", "bf16", "fp16", "fp8"]), help="[default: auto, the 16-bit type]"),
+        click.option(
+            "--kv-cache", type=click.Choice(["auto", "bf16", "fp16", "fp8"]), help="[default: auto, the 16-bit type]"
+        ),
         click.option("--tp", type=int, metavar="N", help="Tensor-parallel ranks.  [default: 1]"),
         click.option("--pp", type=int, metavar="N", help="Pipeline stages.  [default: 1]"),
         click.option("--moe-tp", type=int, metavar="N", help="Ranks that cut each expert.  [default: tp / moe-ep]"),
         click.option("--moe-ep", type=int, metavar="N", help="Ranks that share out the experts.  [default: 1]"),
-        click.option("--calib-data", type=click.Path(path_type=Path), help="Text to calibrate fp8 on.  [default: bundled]"),
+        click.option(
+            "--calib-data", type=click.Path(path_type=Path), help="Text to calibrate fp8 on.  [default: bundled]"
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -54,9 +72,15 @@ def _engine_options(command: F) -> F:
         click.option("--max-input-len", type=int, metavar="N", help="[default: max-seq-len - 1]"),
         click.option("--max-seq-len", type=int, metavar="N", help="[default: the model's, at most 4096]"),
         click.option("--chunk-size", type=int, metavar="N", help="Tokens of a prefill step.  [default: 512]"),
-        click.option("--segment-layers", type=int, metavar="N", help="Decoder layers in a plan.  [default: by experts]"),
-        click.option("--moe-form", type=click.Choice(["auto", "conditional", "routed", "dense"]), help="[default: auto]"),
-        click.option("--embed-weights", is_flag=True, default=None, help="Put weights into the plans (int4 always does)."),
+        click.option(
+            "--segment-layers", type=int, metavar="N", help="Decoder layers in a plan.  [default: by experts]"
+        ),
+        click.option(
+            "--moe-form", type=click.Choice(["auto", "conditional", "routed", "dense"]), help="[default: auto]"
+        ),
+        click.option(
+            "--embed-weights", is_flag=True, default=None, help="Put weights into the plans (int4 always does)."
+        ),
         click.option("--plan-only", is_flag=True, default=None, help="Compile plans without weights."),
     ]
     for option in reversed(options):
@@ -157,15 +181,26 @@ def _recipe(model: str, flags: dict[str, Any]) -> Any:
 @click.option("--frequency-penalty", type=float, default=0.0)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="String that ends the answer; repeatable.")
-@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Token that ends the answer; repeatable.")
+@click.option(
+    "--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Token that ends the answer; repeatable."
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @click.option("--logprobs", type=int, metavar="N", help="Log-probabilities of the N likeliest tokens (with --json).")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute type of the reference executor.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Compute type of the reference executor."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @_workspace
 @_json
 def generate(
-    name: str, prompt: str, chat: bool, dtype: str | None, threads: int | None, workspace: Path, as_json: bool, **sampling: Any
+    name: str,
+    prompt: str,
+    chat: bool,
+    dtype: str | None,
+    threads: int | None,
+    workspace: Path,
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Stream one answer of the engine NAME to the terminal."""
     from trtbuild.engines.generate import generate as run

@@ -31,13 +31,24 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at the machine; changes nothing, starts nothing that stays."""
-    return [_machine(), _torch(), *_gpus(), _tensorrt_rtx(), _tensorrt_llm(), _triton(), _perf_analyzer(), *_abilities()]
+    return [
+        _machine(),
+        _torch(),
+        *_gpus(),
+        _tensorrt_rtx(),
+        _tensorrt_llm(),
+        _triton(),
+        _perf_analyzer(),
+        *_abilities(),
+    ]
 
 
 def print_findings(findings: list[Finding]) -> None:
     console = Console()
     for finding in findings:
-        console.print(f"{_MARKS[finding.status]} {finding.subject:16} {escape(finding.detail)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{_MARKS[finding.status]} {finding.subject:16} {escape(finding.detail)}", highlight=False, soft_wrap=True
+        )
         if finding.fix:
             console.print(f"{'':8}{'':16} to get it: {escape(finding.fix)}", highlight=False, soft_wrap=True)
 
@@ -65,7 +76,14 @@ def _gpus() -> list[Finding]:
     try:
         import pynvml
     except ImportError:
-        return [Finding("GPU", "missing", "nvidia-ml-py is not installed, so GPUs were not looked for", "pip install 'trtbuild[gpu]'")]
+        return [
+            Finding(
+                "GPU",
+                "missing",
+                "nvidia-ml-py is not installed, so GPUs were not looked for",
+                "pip install 'trtbuild[gpu]'",
+            )
+        ]
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -93,7 +111,9 @@ def _tensorrt_rtx() -> Finding:
     try:
         import tensorrt_rtx
     except ImportError as error:
-        return Finding("TensorRT-RTX", "missing", f"the default builder cannot run ({error})", "pip install 'trtbuild[rtx]'")
+        return Finding(
+            "TensorRT-RTX", "missing", f"the default builder cannot run ({error})", "pip install 'trtbuild[rtx]'"
+        )
     return Finding("TensorRT-RTX", "ok", f"{tensorrt_rtx.__version__}: compiles engines, with or without a GPU")
 
 
@@ -122,8 +142,14 @@ def _abilities() -> list[Finding]:
     """What follows, in the user's words."""
     can_compile = _installed("tensorrt-rtx-cu12") is not None
     return [
-        Finding("compile", "ok" if can_compile else "missing", "trtbuild compile" + ("" if can_compile else " needs TensorRT-RTX")),
-        Finding("run", "ok", "trtbuild generate, by the reference executor (PyTorch); TensorRT engines are not executed yet"),
+        Finding(
+            "compile",
+            "ok" if can_compile else "missing",
+            "trtbuild compile" + ("" if can_compile else " needs TensorRT-RTX"),
+        ),
+        Finding(
+            "run", "ok", "trtbuild generate, by the reference executor (PyTorch); TensorRT engines are not executed yet"
+        ),
     ]
 
 

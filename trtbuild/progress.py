@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+import click
 
 # On something that is not a terminal (CI logs), one line per this many seconds.
 _PLAIN_INTERVAL = 5.0
@@ -26,19 +28,28 @@ class NoProgress:
 
 
 class ProgressFactory(Protocol):
-    """Opens a bar for a piece of work of `total` units."""
+    """Opens a bar for a piece of work of `total` units; `unit` is their plural."""
 
-    def __call__(self, title: str, total: float, unit: str = "") -> _ProgressContext: ...
-
-
-class _ProgressContext(Protocol):
-    def __enter__(self) -> Progress: ...
-    def __exit__(self, *args: object) -> bool | None: ...
+    def __call__(self, title: str, total: float, unit: str = "") -> AbstractContextManager[Progress]: ...
 
 
 @contextmanager
 def no_progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
+    """For library use and tests."""
     yield NoProgress()
+
+
+@contextmanager
+def terminal_progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
+    """A rich bar on a terminal's stderr, otherwise a begin line, occasional lines, and an end line with the seconds."""
+    if sys.stderr.isatty():
+        with _rich_bar(title, total, unit) as progress:
+            yield progress
+        return
+    started = time.monotonic()
+    click.echo(f"{title} ...", err=True)
+    yield _PlainLines(title, total, unit)
+    click.echo(f"{title}: done in {time.monotonic() - started:.1f} s", err=True)
 
 
 class _PlainLines:
@@ -51,20 +62,7 @@ class _PlainLines:
         self._done += amount
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + _PLAIN_INTERVAL
-            print(f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit} {detail}".rstrip(), file=sys.stderr, flush=True)
-
-
-@contextmanager
-def terminal_progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
-    """A rich bar on a terminal's stderr, otherwise a begin line, occasional lines, and an end line with the seconds."""
-    if sys.stderr.isatty():
-        with _rich_bar(title, total, unit) as progress:
-            yield progress
-        return
-    started = time.monotonic()
-    print(f"{title} ...", file=sys.stderr, flush=True)
-    yield _PlainLines(title, total, unit)
-    print(f"{title}: done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+            click.echo(f"{self._title}: {self._done:.0f}/{self._total:.0f} {self._unit} {detail}".rstrip(), err=True)
 
 
 @contextmanager
@@ -74,8 +72,8 @@ def _rich_bar(title: str, total: float, unit: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit} {{task.fields[detail]}}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[detail]}}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Bars(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(title, total=total, detail="")

@@ -31,15 +31,20 @@ def print_engine(report: CompileReport, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"directory": str(report.directory), "seconds": report.seconds, "passport": passport}))
         return
-    layout, limits = passport["layout"], passport["limits"]
+    layout, limits, targets = passport["layout"], passport["limits"], ", ".join(passport["targets"])
     click.echo(f"engine     {report.directory}")
     click.echo(f"  model    {passport['source']['model']} ({passport['model']['architecture']})")
     click.echo(f"  layout   tp {layout['tp']}, pp {layout['pp']}, moe-tp {layout['moe_tp']}, moe-ep {layout['moe_ep']}")
-    click.echo(f"  limits   {limits['max_batch_size']} slots of {limits['max_seq_len']} tokens, chunks of {limits['chunk_size']}")
+    click.echo(
+        f"  limits   {limits['max_batch_size']} slots of {limits['max_seq_len']} tokens, "
+        f"chunks of {limits['chunk_size']}"
+    )
     if passport["tensors"]:
         click.echo(f"  weights  {_describe_precisions(_precisions(passport['tensors']))}")
     builder = passport["builder"]
-    click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {', '.join(passport['targets'])}")
+    click.echo(
+        f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}"
+    )
     for plan in passport["plans"]:
         click.echo(f"           {describe_plan(plan)}")
     click.echo(f"  took     {report.seconds:.1f} s")
@@ -49,13 +54,14 @@ def print_engine(report: CompileReport, as_json: bool) -> None:
 
 def describe_plan(plan: dict[str, Any]) -> str:
     """One line of a plan: its size, scratch, GEMM types and MoE form, as the verifier read them from the plan."""
-    found = plan.get("verification", {})
-    parts = [f"{plan['file']:34}", f"{plan['num_bytes'] / 2**20:7.2f} MiB", f"scratch {_mib(plan['scratch_bytes'])}"]
-    gemms = found.get("gemm_operands")
-    if gemms:
-        parts.append("GEMMs " + ", ".join(f"{count} {kind}" for kind, count in sorted(gemms.items())))
-    if plan.get("moe_form"):
-        parts.append(f"MoE {plan['moe_form']}")
+    found = plan["verification"]
+    gemms = Counter[str]()
+    for profile in found["gemms"]:
+        gemms.update(profile)
+    parts = [f"{plan['file']:32}", f"{plan['size'] / 2**20:6.2f} MiB", f"scratch {_mib(plan['scratch_bytes'])}"]
+    parts += [f"GEMMs {', '.join(f'{count} {types}' for types, count in sorted(gemms.items()))}"] if gemms else []
+    parts += [f"MoE {plan['moe_form']}"] if plan["moe_form"] else []
+    parts += [f"world size {found['world_size']}"] if found["world_size"] else []
     return ", ".join(parts)
 
 

@@ -53,7 +53,9 @@ class Workspace:
 def check_name(name: str) -> str:
     """A NAME is a file name, nothing more: letters, digits, dot, underscore, hyphen."""
     if not _NAME.fullmatch(name):
-        raise Refused(f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128")
+        raise Refused(
+            f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
+        )
     return name
 
 
@@ -70,14 +72,14 @@ def write_json(file: Path, value: Any) -> None:
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    temporary.replace(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object that one of our stages wrote; CheckpointError names the file where it is damaged."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is missing or damaged ({error}); build it again with --force") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object; build it again with --force")
@@ -126,18 +128,20 @@ def _locked(lock: Path, final: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Refused(f"{final} is being written by another trtbuild process; wait for it, or use another --name") from error
+            raise Refused(
+                f"{final} is being written by another trtbuild process; wait for it, or use another --name"
+            ) from error
         yield
 
 
 def _publish(partial: Path, final: Path) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _sync(file)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # A kill in the lines below leaves one.
     if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
+        final.replace(old)
+    partial.replace(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 

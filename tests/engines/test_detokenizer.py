@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trtbuild.engines.detokenizer import Decode, Detokenizer, StopMatcher, TextStream, decoder_of
 
 TINY_MIXTRAL = Path(__file__).parents[1] / "checkpoints" / "tiny-mixtral"
-TEXTS = ["Hello, world", " leading and  double spaces ", "你好，世界", "a😀👩‍👩‍👧b", "naïve café\n\n\ttab", "e\u0301 ไทย हिन्दी",
-         "a , b . c 's", "\ufffd literal"]
+TEXTS = ["Hello, world", " leading and  double spaces ", "你好，世界", "a😀👩‍👩‍👧b", "naïve café\n\n\ttab",
+         "e\u0301 ไทย हिन्दी", "a , b . c 's", "\ufffd literal"]
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -52,7 +52,8 @@ def pieces_of(decode: Decode, ids: list[int]) -> list[str]:
 
 
 def byte_pieces(text: str) -> list[int]:
-    return [SENTENCEPIECE.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in text.encode()]
+    # <s> and </s> come before the 256 byte tokens.
+    return [2 + byte for byte in text.encode()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -76,6 +77,12 @@ def test_byte_fallback_shows_each_character_when_its_last_byte_is_there(text: st
 @given(ids=st.lists(st.integers(0, len(BYTE_LEVEL) + 1), max_size=40))
 def test_any_byte_level_ids_join_to_decode(ids: list[int]) -> None:
     assert "".join(pieces_of(decoder_of(BYTE_LEVEL), ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("invalid", range(13))
+def test_characters_behind_invalid_bytes_stay_whole(invalid: int) -> None:
+    ids = BYTE_LEVEL.encode("\u00ff")[1:] * invalid + BYTE_LEVEL.encode("😀好")
+    assert "".join(pieces_of(decoder_of(BYTE_LEVEL), ids)) == "\ufffd" * invalid + "😀好"
 
 
 @settings(deadline=None, max_examples=400)

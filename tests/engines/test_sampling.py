@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +50,25 @@ def test_warp_is_transformers_chain(temperature: float, top_k: int, top_p: float
     chain += [TopKLogitsWarper(top_k)] if top_k else []
     chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     chain += [MinPLogitsWarper(min_p)] if min_p else []
-    expected = chain(torch.zeros(8, 1, dtype=torch.long), logits.clone()).softmax(-1)
+    unread: Any = torch.zeros(8, 1, dtype=torch.long)
+    expected = chain(unread, logits.clone()).softmax(-1)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     found = warp(logits, [params] * 8).softmax(-1)
     assert torch.equal(found == 0, expected == 0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("head", [1, 2, 10, 96])
+def test_cut_beyond_the_head_is_the_same_cut(head: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(5)
+    params = [SamplingParams(temperature=1.0, top_k=9), SamplingParams(temperature=3.0, top_p=0.9),
+              SamplingParams(temperature=1.0, top_k=60, top_p=0.99), SamplingParams(temperature=1.0, top_p=0.01),
+              SamplingParams(temperature=1.0, top_k=200)]
+    whole = warp(logits, params)
+    counts = torch.isfinite(whole).sum(-1).tolist()
+    assert (counts[0], counts[3], counts[4]) == (9, 1, VOCAB) and 10 < counts[2] < counts[1] < 96
+    monkeypatch.setattr("trtbuild.engines.sampling.HEAD", head)
+    assert torch.equal(torch.isfinite(warp(logits, params)), torch.isfinite(whole))
 
 
 def test_warp_of_mixed_rows_is_each_row_alone() -> None:
@@ -75,7 +90,7 @@ def test_top_k_keeps_ties_and_small_temperature_does_not_overflow() -> None:
 
 def test_repetition_penalty_is_transformers_over_prompt_and_output() -> None:
     logits = logits_of(2, seed=4)
-    history = torch.tensor([[1, 2, 3, 50, 50, 7]])
+    history: Any = torch.tensor([[1, 2, 3, 50, 50, 7]])
     expected = RepetitionPenaltyLogitsProcessor(1.7)(history, logits[:1].clone())
     found = adjust(logits, [state((1, 2, 3), (50, 50, 7), repetition_penalty=1.7), state()])
     torch.testing.assert_close(found[:1], expected)
@@ -149,6 +164,14 @@ def test_draws_follow_the_distribution_and_differ_by_seed_and_step() -> None:
     other = draw(scores.expand(20000, -1), [uniform(8, step) for step in range(20000)])
     agreement = (draws == other).float().mean()
     assert 0.35 < agreement < 0.41, "independent draws agree with probability 0.38"
+
+
+def test_each_token_of_a_request_is_a_new_draw() -> None:
+    flat = torch.zeros(1, VOCAB)
+    states = [state(output=tuple(range(step)), temperature=1.0, seed=3) for step in range(30)]
+    drawn = [sample(flat, [made])[0].token_id for made in states]
+    # 30 draws from 97 equal tokens: 26 distinct ones on average.
+    assert len(set(drawn)) > 18
 
 
 def test_uniform_is_fixed_across_runs_and_machines() -> None:

@@ -206,7 +206,7 @@ def test_text_and_stop_strings_come_from_the_tokenizer() -> None:
     assert plain.text == MIXTRAL.decode(plain.token_ids, skip_special_tokens=True)
     # A string across a token boundary: the last character of one token and the first of the next.
     pieces = [MIXTRAL.decode([i]) for i in plain.token_ids]
-    at = next(i for i in range(4, 29) if pieces[i].isascii() and pieces[i + 1].isascii() and pieces[i] and pieces[i + 1])
+    at = next(i for i in range(4, 29) if all(p and p.isascii() for p in pieces[i:i + 2]))
     stop = pieces[at][-1] + pieces[at + 1][0]
     events: list[TokenEvent] = []
     scheduler.submit(request("stopped", prompt, max_tokens=30, stop=[stop]))
@@ -247,7 +247,7 @@ def test_score_gives_each_prompt_tokens_logprob(length: int) -> None:
     prompt = [(7 * i) % 29 + 1 for i in range(length)]
     scheduler = Scheduler(FakeExecutor())
     # A warm slot must not shorten it: the logits of reused tokens are not in any cache.
-    scheduler.run([request("warm", prompt[:20] + [3], max_tokens=1)])
+    scheduler.run([request("warm", [*prompt[:20], 3], max_tokens=1)])
     output = scheduler.run([Request("score", prompt, score_only=True)])[0]
     expected = [float(logits_after(prompt[:i], 32).log_softmax(-1)[prompt[i]]) for i in range(1, length)]
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
@@ -273,5 +273,6 @@ def test_timings_are_on_the_given_clock() -> None:
 
 @given(left=st.lists(st.integers(0, 1), max_size=12), right=st.lists(st.integers(0, 1), max_size=12))
 def test_common_prefix(left: list[int], right: list[int]) -> None:
-    expected = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    differing = [i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b]
+    expected = differing[0] if differing else min(len(left), len(right))
     assert common_prefix(left, right) == expected

@@ -18,7 +18,13 @@ import trtbuild
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, FORMAT_VERSION, RankCheckpoint, rank_file, tensorrt_llm_config
+from trtbuild.checkpoints.rank_checkpoint import (
+    AUTHORITY,
+    FORMAT_VERSION,
+    RankCheckpoint,
+    rank_file,
+    tensorrt_llm_config,
+)
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.safetensors_file import MappedTensors, layout_header, read_header
 from trtbuild.checkpoints.shards import LinearUnit, Unit, UnitRecord, cut_into_units, fill_unit
@@ -97,11 +103,15 @@ def _activation_ranges(partial: Path, calibration: Calibration | None) -> dict[s
 def _allocate(partial: Path, plans: list[RankPlan]) -> None:
     """Create the rank files at full length, unless an earlier run did; refuse what does not fit on the disk."""
     headers = [layout_header(plan.tensors(), {"format": "pt"}) for plan in plans]
-    sizes = [len(head) + sum(t.num_bytes for t in plan.tensors()) for (head, _), plan in zip(headers, plans, strict=True)]
+    sizes = [
+        len(head) + sum(t.num_bytes for t in plan.tensors()) for (head, _), plan in zip(headers, plans, strict=True)
+    ]
     missing = [rank for rank, size in enumerate(sizes) if not _has_size(partial / rank_file(rank), size)]
     needed, free = sum(sizes[rank] for rank in missing), shutil.disk_usage(partial).free
     if needed > free:
-        raise Refused(f"{partial.parent}: the rank checkpoint takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free")
+        raise Refused(
+            f"{partial.parent}: the rank checkpoint takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        )
     if missing:
         (partial / JOURNAL).unlink(missing_ok=True)
     for rank in missing:
@@ -166,7 +176,9 @@ def manifest(plans: list[RankPlan], records: list[UnitRecord], ranges: dict[str,
             tensors[record.key] = {"precision": record.precision}
             continue
         if record.precision != asked[unit.name].precision:
-            raise CheckFailed(f"{unit.name}: {asked[unit.name].precision} was asked for, {record.precision} was written")
+            raise CheckFailed(
+                f"{unit.name}: {asked[unit.name].precision} was asked for, {record.precision} was written"
+            )
         _merge(tensors.setdefault(unit.name, {"precision": record.precision}), record, ranges.get(unit.name))
     return tensors
 

@@ -70,7 +70,9 @@ class Layout:
 
     def check(self, config: ModelConfig) -> None:
         """Raise `Refused` with everything about this layout that the model cannot be cut into."""
-        refuse_all(f"layout tp {self.tp}, pp {self.pp}, moe-tp {self.moe_tp}, moe-ep {self.moe_ep}", self._problems(config))
+        refuse_all(
+            f"layout tp {self.tp}, pp {self.pp}, moe-tp {self.moe_tp}, moe-ep {self.moe_ep}", self._problems(config)
+        )
 
     def _problems(self, config: ModelConfig) -> Iterator[str]:
         if config.num_heads % self.tp:

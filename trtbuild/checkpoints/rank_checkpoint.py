@@ -6,6 +6,7 @@ full ModelConfig (config.json has no sliding window), layout, precision, and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,9 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
-from trtbuild.checkpoints.safetensors_file import MappedTensors, read_header
+from trtbuild.checkpoints.safetensors_file import MappedTensors, read_header, sampled_digest
 from trtbuild.errors import CheckpointError
-from trtbuild.workspace import read_json
+from trtbuild.workspace import digest_of, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,14 @@ AUTHORITY = "trtbuild.json"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _QUANT_ALGOS = {"bf16": None, "fp16": None, "fp8": "FP8", "int8": "W8A16", "int4": "W4A16"}
 # TensorRT-LLM's own default list of modules that stay unquantized (QuantConfig.exclude_modules = None).
-_EXCLUDED = ["*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate"]
+_EXCLUDED = [
+    "*lm_head",
+    "*router",
+    "*vocab_embedding",
+    "*position_embedding",
+    "*block_embedding",
+    "*shared_expert_gate",
+]
 
 
 def rank_file(rank: int) -> str:
@@ -37,7 +45,11 @@ def rank_file(rank: int) -> str:
 
 def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
     """config.json as TensorRT-LLM 1.x's `PretrainedConfig` reads it."""
-    rope = {key: value for key, value in asdict(config.rope).items() if value is not None and key not in ("theta", "truncate")}
+    rope = {
+        key: value
+        for key, value in asdict(config.rope).items()
+        if value is not None and key not in ("theta", "truncate")
+    }
     result: dict[str, Any] = {
         "architecture": config.architecture,
         "dtype": _DTYPES[precision.dtype],
@@ -62,7 +74,8 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
         "embedding_sharding_dim": 0,
         "tie_word_embeddings": config.tie_embeddings,
         "mapping": {
-            "world_size": layout.world_size, "gpus_per_node": 8, "cp_size": 1, "tp_size": layout.tp, "pp_size": layout.pp,
+            "world_size": layout.world_size, "gpus_per_node": 8, "cp_size": 1,
+            "tp_size": layout.tp, "pp_size": layout.pp,
             "moe_tp_size": layout.moe_tp, "moe_ep_size": layout.moe_ep,
         },
         "quantization": {
@@ -75,7 +88,11 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
         result["qwen_type"] = "qwen2"
     if config.moe:
         normalization = 1 if config.moe.norm_topk_prob else 0
-        result["moe"] = {"num_experts": config.moe.num_experts, "top_k": config.moe.top_k, "normalization_mode": normalization}
+        result["moe"] = {
+            "num_experts": config.moe.num_experts,
+            "top_k": config.moe.top_k,
+            "normalization_mode": normalization,
+        }
     return result
 
 
@@ -125,6 +142,10 @@ class RankCheckpoint:
         """A view of the rank file."""
         return self._mapped[rank].tensor(name)
 
+    def reader(self, rank: int) -> Callable[[str], torch.Tensor]:
+        """Reads one rank's tensors by name."""
+        return lambda name: self.tensor(rank, name)
+
     def _check_rank(self, rank: int) -> None:
         file = self.directory / rank_file(rank)
         if not file.is_file():
@@ -134,3 +155,14 @@ class RankCheckpoint:
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise CheckpointError(f"{file}: tensor {name!r} is {found.get(name)}, expected {expected.get(name)}")
+
+
+def open_rank(directory: Path, rank: int) -> Callable[[str], torch.Tensor]:
+    """The reader of one rank, for a process that builds its plans."""
+    return RankCheckpoint.open(directory).reader(rank)
+
+
+def weights_digest(checkpoint: RankCheckpoint) -> str:
+    """Identifies the rank weights (see `sampled_digest`)."""
+    files = (checkpoint.directory / rank_file(rank) for rank in range(checkpoint.layout.world_size))
+    return digest_of([sampled_digest(read_header(file)) for file in files])

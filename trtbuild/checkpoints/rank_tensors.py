@@ -106,7 +106,9 @@ class Linear:
             specs.append(TensorSpec(f"{self.name}.per_channel_scale", "F32", (*stack, self.out_features)))
         elif self.group_size:
             groups = self.in_features // self.group_size
-            specs.append(TensorSpec(f"{self.name}.weights_scaling_factor", self.dtype, (*stack, self.out_features, groups)))
+            specs.append(
+                TensorSpec(f"{self.name}.weights_scaling_factor", self.dtype, (*stack, self.out_features, groups))
+            )
         if self.has_bias:
             specs.append(TensorSpec(f"{self.name}.bias", self.dtype, (self.out_features,)))
         return specs
@@ -146,6 +148,8 @@ def plan_rank(config: ModelConfig, layout: RankLayout, precision: Precision) -> 
         builder = _LayerBuilder(config, layout, precision.weights, dtype, local, layer)
         plain += builder.plain()
         linears += builder.linears()
+    for linear in linears:
+        _ = linear.group_size  # Refuses here, before any work.
     return RankPlan(config, layout, precision, layers, tuple(plain), tuple(linears))
 
 
@@ -178,7 +182,9 @@ class _LayerBuilder:
     def plain(self) -> Iterator[PlainTensor]:
         hidden = self.config.hidden_size
         for norm in ("input_layernorm", "post_layernorm"):
-            yield _whole(f"transformer.layers.{self.local}.{norm}.weight", self.dtype, f"layers.{self.layer}.{norm}", hidden)
+            yield _whole(
+                f"transformer.layers.{self.local}.{norm}.weight", self.dtype, f"layers.{self.layer}.{norm}", hidden
+            )
         if self.config.moe:
             name = f"transformer.layers.{self.local}.mlp.router.weight"
             yield _whole(name, "F32", f"layers.{self.layer}.router", self.config.moe.num_experts, hidden)
@@ -186,11 +192,14 @@ class _LayerBuilder:
     def linears(self) -> Iterator[Linear]:
         config, source = self.config, f"layers.{self.layer}."
         heads = _head_rows(self.layout.tp_slice(config.num_heads), config.head_dim)
-        qkv = _stack([(source + "q", heads)] + [
-            (source + part, _head_rows(range(head, head + 1), config.head_dim))
-            for part in ("k", "v")
-            for head in self.layout.kv_heads(config.num_kv_heads)
-        ])
+        qkv = _stack(
+            [(source + "q", heads)]
+            + [
+                (source + part, _head_rows(range(head, head + 1), config.head_dim))
+                for part in ("k", "v")
+                for head in self.layout.kv_heads(config.num_kv_heads)
+            ]
+        )
         yield self._linear("attention.qkv", config.hidden_size, qkv, bias=config.qkv_bias)
         dense = (Piece(source + "o", range(config.hidden_size), heads),)
         yield self._linear("attention.dense", len(heads), dense, bias=config.dense_bias)
@@ -219,7 +228,13 @@ class _LayerBuilder:
         yield self._linear("mlp.proj", len(part), tuple(proj), experts=experts)
 
     def _linear(
-        self, name: str, in_features: int, pieces: tuple[Piece, ...], *, bias: bool = False, experts: range | None = None
+        self,
+        name: str,
+        in_features: int,
+        pieces: tuple[Piece, ...],
+        *,
+        bias: bool = False,
+        experts: range | None = None,
     ) -> Linear:
         out_features = sum(len(p.rows) for p in pieces) // (len(experts) if experts else 1)
         # A row-parallel bias is whole on every rank and added once, after the all-reduce.

@@ -26,7 +26,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What the engine needs besides the weights, where the checkpoint has it.
 COMPANION_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE", "README.md",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "LICENSE", "README.md",
 )  # fmt: skip
 _HUB_PATTERNS = ["config.json", INDEX_FILE, "*.safetensors", *COMPANION_FILES]
 
@@ -102,18 +103,37 @@ class CheckpointSource:
         expected = {self.family.source_name(name): shape for name, shape in expected_shapes(self.config).items()}
         for name in sorted(entries.keys() - expected.keys()):
             if not name.endswith(_IGNORED_TENSORS):
-                problems.append(f"tensor {name!r} has no place in {self.config.architecture}; dropping it could change the result")
+                problems.append(
+                    f"tensor {name!r} has no place in {self.config.architecture}; dropping it could change the result"
+                )
         for name, shape in expected.items():
             if name not in entries:
                 problems.append(f"tensor {name!r} is missing")
             elif entries[name].spec.shape != shape:
-                problems.append(f"tensor {name!r} has shape {list(entries[name].spec.shape)}, config.json implies {list(shape)}")
+                problems.append(
+                    f"tensor {name!r} has shape {list(entries[name].spec.shape)}, config.json implies {list(shape)}"
+                )
             elif entries[name].spec.dtype not in ("BF16", "F16", "F32"):
                 problems.append(f"tensor {name!r} is {entries[name].spec.dtype}; BF16, F16 and F32 are read")
+        if self.config.tie_embeddings and not problems and not _head_is_embedding(entries):
+            problems.append(
+                "lm_head.weight differs from the embedding, though tie_word_embeddings is true; "
+                "set it to false in config.json if the head is its own"
+            )
         if problems:
             shown = "".join(f"\n  - {problem}" for problem in problems[:20])
             more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise CheckpointError(f"{self.directory.name}: weights do not match config.json:{shown}{more}")
+
+
+def _head_is_embedding(entries: dict[str, TensorEntry]) -> bool:
+    """Whether a tied model's file has no lm_head of its own, or the embedding once more."""
+    import torch
+
+    if "lm_head.weight" not in entries:
+        return True
+    mapped = MappedTensors(entries)
+    return torch.equal(mapped.tensor("lm_head.weight"), mapped.tensor("model.embed_tokens.weight"))
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -141,7 +161,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp_shapes(name: str, size: int, hidden: int, *, bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {name + "gate": (size, hidden), name + "up": (size, hidden), name + "down": (hidden, size)}
+    shapes: dict[str, tuple[int, ...]] = {
+        name + "gate": (size, hidden),
+        name + "up": (size, hidden),
+        name + "down": (hidden, size),
+    }
     if bias:
         shapes |= {name + "gate.bias": (size,), name + "up.bias": (size,), name + "down.bias": (hidden,)}
     return shapes
@@ -157,7 +181,9 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
         if bundled:
             return bundled, None
         if known.hub_id is None:
-            raise CheckpointError(f"{model} is bundled with the source checkout (tests/checkpoints/{model}), which is not here")
+            raise CheckpointError(
+                f"{model} is bundled with the source checkout (tests/checkpoints/{model}), which is not here"
+            )
         return _download(known.hub_id, revision)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         names = ", ".join(sorted(KNOWN_MODELS))
@@ -177,8 +203,8 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"cannot fetch {hub_id} from the hub ({first_line}); check the name, your token (HF_TOKEN) and the network, "
-            "or pass a local directory"
+            f"cannot fetch {hub_id} from the hub ({first_line}); check the name, your token (HF_TOKEN) and the network, or "
+            "pass a local directory"
         ) from error
     return directory, directory.name
 
@@ -188,7 +214,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent.name}: no {file.name}; is this a Hugging Face checkpoint?") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.parent.name}/{file.name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.parent.name}/{file.name} is not a JSON object")
@@ -209,7 +235,10 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
     if not files:
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
         if pickles:
-            raise Refused(f"{directory.name} has only pickle weights ({pickles[0]}), which can run code; convert it to safetensors")
+            raise Refused(
+                f"{directory.name} has only pickle weights ({pickles[0]}), which can run code; "
+                "convert it to safetensors"
+            )
         raise CheckpointError(f"{directory.name}: no *.safetensors files")
     entries: dict[str, TensorEntry] = {}
     for name in files:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
-from trtbuild.engines.rope import rope_tables
 from trtbuild.engines.segments import Segment
 
+if TYPE_CHECKING:
+    import torch
+
 # Reads a tensor of one rank by its rank-checkpoint name.
-WeightReader = Callable[[str], torch.Tensor]
+WeightReader = Callable[[str], "torch.Tensor"]
 
 Role = Literal["step", "weight", "cache", "output"]
 
@@ -29,14 +29,15 @@ Role = Literal["step", "weight", "cache", "output"]
 # rope_cos, rope_sin   the model's RoPE table, float32 [positions, head_dim / 2]
 Transform = Literal["copy", "transpose", "reciprocal", "product", "first_expert", "rope_cos", "rope_sin"]
 
+# Names of torch types; int4 is bound packed.
 TORCH_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-    "int32": torch.int32,
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float8_e4m3": "float8_e4m3fn",
+    "int8": "int8",
+    "int4": "uint8",
+    "int32": "int32",
 }
 
 # safetensors' names of the rank checkpoint's types.
@@ -89,6 +90,10 @@ def bind_weight(
 
     Raises ValueError where the binding is no weight or the rank's tensor has another shape.
     """
+    import torch
+
+    from trtbuild.engines.rope import rope_tables
+
     source = binding.source
     if source is None:
         raise ValueError(f"{binding.name} is a {binding.role}, not a weight")
@@ -103,7 +108,7 @@ def bind_weight(
     wanted = [int(dim) for dim in binding.shape]
     if binding.dtype == "int4":
         wanted[-1] //= 2
-    if list(value.shape) != wanted or value.dtype != TORCH_TYPES[binding.dtype]:
+    if list(value.shape) != wanted or value.dtype != getattr(torch, TORCH_TYPES[binding.dtype]):
         found = f"{value.dtype} {list(value.shape)}"
         raise ValueError(f"{binding.name} wants {binding.dtype} {list(binding.shape)}, {source.tensors} give {found}")
     return value

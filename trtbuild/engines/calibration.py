@@ -8,7 +8,6 @@ each expert was really routed is recorded beside its range.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from trtbuild.checkpoints.convert import ActivationRange
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision
 from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.checkpoints.shards import fill_all
@@ -77,18 +76,18 @@ def calibration_tokens(source: CheckpointSource, text: CalibrationText) -> list[
 
 def calibrate(
     source: CheckpointSource,
-    sequences: Sequence[Sequence[int]],
+    text: CalibrationText,
     *,
     device: torch.device | None = None,
     progress: ProgressFactory = no_progress,
 ) -> dict[str, ActivationRange]:
-    """Largest absolute input of every quantizable linear layer, by global name, over all sequences."""
+    """Largest absolute input of every quantizable linear layer, by global name, over the text's sequences."""
     config, device = source.config, device or torch.device("cpu")
-    tokens = torch.tensor(sequences, device=device)
-    dtype = torch_dtype({"bf16": "BF16", "fp16": "F16"}[config.dtype])
-    hidden = source.tensor("embedding")[tokens.cpu()].to(device=device, dtype=dtype)
+    dtype = torch_dtype(SAFETENSORS_16BIT[config.dtype])
     found: dict[str, ActivationRange] = {}
     with progress("calibrating", config.num_layers, "layers") as bar:
+        tokens = torch.tensor(calibration_tokens(source, text))
+        hidden = source.tensor("embedding")[tokens].to(device=device, dtype=dtype)
         for layer in range(config.num_layers):
             hidden, ranges = _run_layer(source, layer, hidden)
             found |= ranges
@@ -97,7 +96,9 @@ def calibrate(
 
 
 @torch.inference_mode()
-def _run_layer(source: CheckpointSource, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, ActivationRange]]:
+def _run_layer(
+    source: CheckpointSource, layer: int, hidden: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, ActivationRange]]:
     """One layer over hidden [sequences, length, H]: its output, and what its linear layers saw."""
     config = source.config
     weights = _layer_weights(source, layer, hidden)
@@ -112,12 +113,12 @@ def _run_layer(source: CheckpointSource, layer: int, hidden: torch.Tensor) -> tu
 
     outputs = [_run_batch(config, weights, batch, observe, observe_routing) for batch in hidden.split(_BATCH)]
     routed = tuple(int(n) for n in next(iter(counts.values()))) if counts else ()
-    ranges = {
-        name: ActivationRange(value, routed if ".mlp." in name else ()) for name, value in amax.items()
-    }
+    ranges = {name: ActivationRange(value, routed if ".mlp." in name else ()) for name, value in amax.items()}
     broken = [name for name, found in ranges.items() if not found.amax < float("inf")]
     if broken:
-        raise CheckpointError(f"calibration: the input of {broken[0]} is not finite; the checkpoint or its dtype is damaged")
+        raise CheckpointError(
+            f"calibration: the input of {broken[0]} is not finite; the checkpoint or its dtype is damaged"
+        )
     return torch.cat(outputs), ranges
 
 
@@ -131,7 +132,11 @@ def _layer_weights(source: CheckpointSource, layer: int, hidden: torch.Tensor) -
 
 
 def _run_batch(
-    config: ModelConfig, weights: TorchWeights, hidden: torch.Tensor, observer: Observer, routing_observer: RoutingObserver
+    config: ModelConfig,
+    weights: TorchWeights,
+    hidden: torch.Tensor,
+    observer: Observer,
+    routing_observer: RoutingObserver,
 ) -> torch.Tensor:
     num_sequences, length, _ = hidden.shape
     shape = (num_sequences, config.num_kv_heads, length, config.head_dim)
@@ -146,4 +151,3 @@ def _run_batch(
     ops = TorchOps(segment, [weights], inputs, step, [caches], None, observer, routing_observer)
     define_segment(ops, weights.plan, segment)
     return ops.outputs["hidden"][0]
-

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from trtbuild.checkpoints.convert import Calibration, convert, default_workers
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, rank_file
+from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, open_rank, rank_file, weights_digest
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.source import COMPANION_FILES, CheckpointSource
-from trtbuild.engines.calibration import CalibrationText, calibrate, calibration_tokens
+from trtbuild.engines.builder import build_plans
+from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText, calibrate
 from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
-from trtbuild.engines.passport import FORMAT_VERSION, PASSPORT, PLAN_DIRECTORY, TOKENIZER_DIRECTORY, file_digests
+from trtbuild.engines.passport import FORMAT_VERSION, PASSPORT, PLAN_DIRECTORY, TOKENIZER_DIRECTORY, Passport, file_digests
+from trtbuild.engines.plan_tasks import BuildOptions, library_version, plan_tasks
+from trtbuild.engines.segments import cut_into_segments
 from trtbuild.engines.targets import resolve_targets
-from trtbuild.errors import Refused, refuse_all
+from trtbuild.errors import refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.recipe import Recipe
 from trtbuild.workspace import Workspace, staged, write_json
@@ -68,9 +71,9 @@ class Job:
         """What identifies the engine: the same request is the same engine."""
         return {
             "source": self.source.digest,
-            "layout": dataclasses.asdict(self.layout),
-            "precision": dataclasses.asdict(self.precision),
-            "limits": dataclasses.asdict(self.limits),
+            "layout": asdict(self.layout),
+            "precision": asdict(self.precision),
+            "limits": asdict(self.limits),
             "targets": list(self.targets),
             "builder": self.recipe.builder,
             "segment_layers": self.recipe.segment_layers,
@@ -85,9 +88,8 @@ class Job:
         if self.precision.weights != "fp8":
             return None
         text = self._calibration_text()
-        sequences = calibration_tokens(self.source, text)
-        identity = {"text": text.name, "text_sha256": text.digest, "num_tokens": sum(map(len, sequences))}
-        return Calibration(identity, lambda: calibrate(self.source, sequences, progress=progress))
+        identity = {"text_sha256": text.digest, "max_sequences": NUM_SEQUENCES, "sequence_length": SEQUENCE_LENGTH}
+        return Calibration(identity, lambda: calibrate(self.source, text, progress=progress))
 
     def _calibration_text(self) -> CalibrationText:
         return CalibrationText.open(self.recipe.calib_data)
@@ -103,33 +105,44 @@ class CompileReport:
 
 
 def convert_model(
-    job: Job, workspace: Workspace, *, workers: int | None = None, force: bool = False, progress: ProgressFactory = no_progress
+    job: Job,
+    workspace: Workspace,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    progress: ProgressFactory = no_progress,
 ) -> RankCheckpoint:
     """HF checkpoint -> build/NAME, or what is there already for the same request."""
     calibration = job.calibration(progress)
     provenance = {"calibration": calibration.identity if calibration else None, "command": job.recipe.command()}
     return convert(
         job.source, workspace.build / job.recipe.engine_name, job.layout, job.precision,
-        calibration=calibration, provenance=provenance, workers=workers or default_workers(), force=force, progress=progress,
+        calibration=calibration, provenance=provenance,
+        workers=workers or default_workers(), force=force, progress=progress,
     )  # fmt: skip
 
 
 def compile_engine(
-    job: Job, workspace: Workspace, *, workers: int | None = None, force: bool = False, progress: ProgressFactory = no_progress
+    job: Job,
+    workspace: Workspace,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    progress: ProgressFactory = no_progress,
 ) -> CompileReport:
     """HF checkpoint -> build/NAME -> engines/NAME; finished stages are not run again."""
     started = time.monotonic()
     final = workspace.engines / job.recipe.engine_name
-    checkpoint = None if job.recipe.plan_only else convert_model(job, workspace, workers=workers, force=force, progress=progress)
-    with staged(final, job.request(), force=force) as partial:
-        if partial is not None:
+    checkpoint = (
+        None if job.recipe.plan_only else convert_model(job, workspace, workers=workers, force=force, progress=progress)
+    )
+    with staged(final, job.request(), force=force) as directory:
+        if directory is not None:
             if checkpoint:
-                _link_weights(checkpoint, partial)
-            _copy_companions(job.source, partial / TOKENIZER_DIRECTORY)
-            built = _build_plans(job, checkpoint, partial / PLAN_DIRECTORY, workers, progress)
-            write_json(partial / PASSPORT, _passport(job, checkpoint, partial, built))
-    from trtbuild.engines.passport import Passport
-
+                _link_weights(checkpoint, directory)
+            _copy_companions(job.source, directory / TOKENIZER_DIRECTORY)
+            built = _build_plans(job, checkpoint, directory / PLAN_DIRECTORY, workers, progress)
+            write_json(directory / PASSPORT, _passport(job, checkpoint, directory, built))
     return CompileReport(final, Passport.open(final).data, time.monotonic() - started)
 
 
@@ -140,7 +153,10 @@ def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
             "that is dequantized around it saves no memory; use --kv-cache auto"
         )
     elif recipe.kv_cache not in ("auto", Precision.resolve(recipe.precision, config.dtype).dtype):
-        yield f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; use auto, or --precision {recipe.kv_cache}"
+        yield (
+            f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; "
+            f"use auto, or --precision {recipe.kv_cache}"
+        )
     if recipe.plan_only and (recipe.precision == "int4" or recipe.embed_weights):
         yield (
             "--plan-only compiles without weights, but int4 (and --embed-weights) puts them into the plan: TensorRT "
@@ -150,7 +166,8 @@ def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
     if recipe.max_seq_len and recipe.max_seq_len > longest:
         yield f"--max-seq-len {recipe.max_seq_len}: the model's positions end at {longest}"
     if recipe.max_input_len and recipe.max_seq_len and recipe.max_input_len >= recipe.max_seq_len:
-        yield f"--max-input-len {recipe.max_input_len} leaves no room for an answer in --max-seq-len {recipe.max_seq_len}"
+        limit = recipe.max_seq_len
+        yield f"--max-input-len {recipe.max_input_len} leaves no room for an answer in --max-seq-len {limit}"
     if recipe.moe_form != "auto" and config.moe is None:
         yield f"--moe-form {recipe.moe_form}: {config.architecture} has no experts"
 
@@ -192,6 +209,31 @@ def _copy_companions(source: CheckpointSource, target: Path) -> None:
             shutil.copyfile(source.directory / name, target / name)
 
 
+def _build_plans(
+    job: Job, checkpoint: RankCheckpoint | None, directory: Path, workers: int | None, progress: ProgressFactory
+) -> dict[str, Any]:
+    """Compile and verify every plan: the passport's `builder`, `segments` and `plans`."""
+    recipe = job.recipe
+    options = BuildOptions(
+        job.limits, job.targets, recipe.embed_weights, None if recipe.moe_form == "auto" else recipe.moe_form,
+        recipe.segment_layers,
+    )  # fmt: skip
+    plans = job.plans
+    reader = partial(open_rank, checkpoint.directory) if checkpoint else None
+    digest = weights_digest(checkpoint) if checkpoint else None
+    with progress("compiling", len(plan_tasks(plans, options, digest or "none")), "plans") as bar:
+        records = build_plans(
+            plans, options, directory, open_reader=reader, weights_digest=digest,
+            workers=workers or default_workers(), on_plan=lambda record, _, __: bar.advance(1, record.name),
+        )  # fmt: skip
+    segments = [[asdict(segment) for segment in cut_into_segments(plan, options.segment_layers)] for plan in plans]
+    return {
+        "builder": {"name": recipe.builder, "version": library_version()},
+        "segments": segments,
+        "plans": [record.to_dict() for record in records],
+    }
+
+
 def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, built: dict[str, Any]) -> dict[str, Any]:
     manifest = checkpoint.authority["tensors"] if checkpoint else None
     return {
@@ -206,9 +248,9 @@ def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, buil
             "license": job.source.license,
         },
         "model": job.config.to_dict(),
-        "layout": dataclasses.asdict(job.layout),
-        "precision": dataclasses.asdict(job.precision),
-        "limits": dataclasses.asdict(job.limits),
+        "layout": asdict(job.layout),
+        "precision": asdict(job.precision),
+        "limits": asdict(job.limits),
         "targets": list(job.targets),
         **built,
         "tensors": manifest,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from trtbuild.engines.request import TokenEvent
 from trtbuild.engines.scheduler import Scheduler
 
-Command = Callable[[Scheduler], None]
+Command = Callable[[Scheduler], object]
 
 
 class EngineLoop:

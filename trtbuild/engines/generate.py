@@ -59,6 +59,9 @@ def _measure(hello: dict[str, Any], output: RequestOutput, started: float, first
 
 
 def _describe(record: dict[str, Any]) -> str:
-    name = {"reference": f"reference executor (PyTorch on {record['device']}, not TensorRT)"}.get(record["executor"], record["executor"])
+    name = {"reference": f"reference executor (PyTorch on {record['device']}, not TensorRT)"}.get(
+        record["executor"], record["executor"]
+    )
     speed = f", {record['tokens_per_s']} tokens/s" if record["tokens_per_s"] else ""
-    return f"[{name}: {record['num_tokens']} tokens, first after {record['ttft_s']:.2f} s{speed}; ended by {record['finish_reason']}]"
+    first = f"first after {record['ttft_s']:.2f} s"
+    return f"[{name}: {record['num_tokens']} tokens, {first}{speed}; ended by {record['finish_reason']}]"

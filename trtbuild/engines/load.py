@@ -67,7 +67,9 @@ def eos_token_ids(passport: Passport, tokenizer: PreTrainedTokenizerBase | None)
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (int(ids),)
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
 
 
 def cache_bytes_per_token(passport: Passport) -> int:

@@ -53,7 +53,9 @@ def _decoder(ops: NetworkOps[T], plan: RankPlan, segment: Segment) -> None:
     for j in range(segment.num_layers):
         name = f"layers.{j}"
         window = plan.config.window(plan.layers[segment.first_layer + j])
-        attended = _attention(ops, plan, f"{name}.attention", ops.rms_norm(hidden, f"{name}.input_layernorm"), cos, sin, window)
+        attended = _attention(
+            ops, plan, f"{name}.attention", ops.rms_norm(hidden, f"{name}.input_layernorm"), cos, sin, window
+        )
         hidden = ops.add(hidden, attended)
         normed = ops.rms_norm(hidden, f"{name}.post_layernorm")
         mixed = _moe(ops, plan, f"{name}.mlp", normed) if plan.config.moe else _mlp(ops, plan, f"{name}.mlp", normed)
@@ -68,9 +70,7 @@ def _head(ops: NetworkOps[T]) -> None:
     ops.output("logits", ops.all_gather(logits))
 
 
-def _attention(
-    ops: NetworkOps[T], plan: RankPlan, name: str, x: T, cos: T, sin: T, window: int | None
-) -> T:
+def _attention(ops: NetworkOps[T], plan: RankPlan, name: str, x: T, cos: T, sin: T, window: int | None) -> T:
     config, tp = plan.config, plan.layout.layout.tp
     num_heads = config.num_heads // tp
     num_kv_heads = len(plan.layout.kv_heads(config.num_kv_heads))

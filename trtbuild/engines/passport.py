@@ -42,7 +42,8 @@ class Passport:
         rebuild = data.get("rebuild", "trtbuild compile")
         if data.get("format") != FORMAT_VERSION:
             raise Refused(
-                f"{directory}: passport format {data.get('format')}, this trtbuild reads {FORMAT_VERSION}; rebuild: {rebuild}"
+                f"{directory}: passport format {data.get('format')}, this trtbuild reads {FORMAT_VERSION}; "
+                f"rebuild: {rebuild}"
             )
         return cls(directory, data)
 
@@ -94,14 +95,18 @@ class Passport:
                     raise CheckpointError(f"{self.directory}: {file} {state}; rebuild: {self.rebuild} --force")
 
 
-def file_digests(directory: Path, layout: Layout, plans: list[dict[str, Any]], *, weights: bool = True) -> dict[str, Any]:
-    """Digests of an engine directory's files; of weights, headers and the ends of each tensor (see `sampled_digest`)."""
+def file_digests(
+    directory: Path, layout: Layout, plans: list[dict[str, Any]], *, weights: bool = True
+) -> dict[str, Any]:
+    """Digests of an engine directory's files; of weights their headers and samples (see `sampled_digest`)."""
     ranks = [rank_file(rank) for rank in range(layout.world_size)] if weights else []
     tokenizer = sorted((directory / TOKENIZER_DIRECTORY).glob("*"))
     authority = [AUTHORITY] if weights else []
     plan_files = [f"{PLAN_DIRECTORY}/{plan['file']}" for plan in plans]
     return {
-        "weights": {name: sampled_digest(read_header(directory / name)) for name in ranks if (directory / name).is_file()},
+        "weights": {
+            name: sampled_digest(read_header(directory / name)) for name in ranks if (directory / name).is_file()
+        },
         "manifest": {name: _sha256(directory / name) for name in authority if (directory / name).is_file()},
         "plans": {name: _sha256(directory / name) for name in plan_files if (directory / name).is_file()},
         "tokenizer": {f"{TOKENIZER_DIRECTORY}/{file.name}": _sha256(file) for file in tokenizer},
@@ -109,10 +114,8 @@ def file_digests(directory: Path, layout: Layout, plans: list[dict[str, Any]], *
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
-        return digest.hexdigest()
+    return digest.hexdigest()

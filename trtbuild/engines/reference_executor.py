@@ -64,7 +64,9 @@ class ReferenceExecutor:
         if not 1 <= len(tokens) <= self.chunk_size:
             raise ValueError(f"a prefill chunk has 1 to {self.chunk_size} tokens, not {len(tokens)}")
         self._check(slot, start + len(tokens))
-        hidden = self._run([list(tokens)], [list(range(start, start + len(tokens)))], Step([slot], [start], len(tokens)))
+        hidden = self._run(
+            [list(tokens)], [list(range(start, start + len(tokens)))], Step([slot], [start], len(tokens))
+        )
         if logits == "none":
             return None
         return self._head(hidden, range(len(tokens)) if logits == "all" else range(len(tokens) - 1, len(tokens)))
@@ -72,7 +74,9 @@ class ReferenceExecutor:
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         if not len(slots) == len(tokens) == len(positions) or len(set(slots)) != len(slots):
-            raise ValueError(f"decode needs distinct slots with a token and a position each, not {slots}, {tokens}, {positions}")
+            raise ValueError(
+                f"decode needs distinct slots with a token and a position each, not {slots}, {tokens}, {positions}"
+            )
         for slot, position in zip(slots, positions, strict=True):
             self._check(slot, position + 1)
         hidden = self._run([[t] for t in tokens], [[p] for p in positions], Step(list(slots), list(positions), 1))
@@ -99,7 +103,11 @@ class ReferenceExecutor:
         """One rank's caches: [slots, kv heads, max_seq_len, head_dim] for each key_cache and value_cache."""
         heads = len(plan.layout.kv_heads(plan.config.num_kv_heads))
         shape = (self.num_slots, heads, self.max_seq_len, plan.config.head_dim)
-        names = [f"transformer.layers.{i}.attention.{kind}_cache" for i in range(len(plan.layers)) for kind in ("key", "value")]
+        names = [
+            f"transformer.layers.{i}.attention.{kind}_cache"
+            for i in range(len(plan.layers))
+            for kind in ("key", "value")
+        ]
         return {name: torch.zeros(shape, dtype=self.dtype, device=self._device) for name in names}
 
     def _run(self, tokens: list[list[int]], positions: list[list[int]], step: Step) -> torch.Tensor:

@@ -25,6 +25,8 @@ from trtbuild.engines.request import SamplingParams
 
 # JSON has no -inf; vLLM reports the same number.
 LOWEST_LOGPROB = -9999.0
+# Top-k and top-p look at this many of the largest scores, and sort a whole row only where the cut lies further down.
+HEAD = 1024
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,11 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]
         tokens[rows] = draw(warp(scores, [state.params for state in chosen]),
                             [uniform(state.seed, state.num_output) for state in chosen])
     logprobs = _logprobs(logits, tokens, states)
-    return [Sample(token, *logprobs.get(row, ())) if ok else Sample(None)
-            for row, (token, ok) in enumerate(zip(tokens.tolist(), usable.tolist(), strict=True))]
+    samples = []
+    for row, (token, ok) in enumerate(zip(tokens.tolist(), usable.tolist(), strict=True)):
+        chosen, likeliest = logprobs.get(row, (None, ()))
+        samples.append(Sample(token, chosen, likeliest) if ok else Sample(None))
+    return samples
 
 
 def adjust(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
@@ -113,10 +118,10 @@ def warp(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor
     """
     # The maximum is subtracted first, so that a small temperature cannot overflow.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / _column([p.temperature for p in params], logits)
-    sorting = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
-    if sorting:
-        rows = torch.tensor(sorting, device=logits.device)
-        scores[rows] = _cut_sorted(scores[rows], [params[row] for row in sorting])
+    cutting = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if cutting:
+        rows = torch.tensor(cutting, device=logits.device)
+        scores[rows] = _cut(scores[rows], [params[row] for row in cutting])
     if any(p.min_p for p in params):
         probabilities = scores.softmax(dim=-1)
         floor = _column([p.min_p for p in params], logits) * probabilities.amax(dim=-1, keepdim=True)
@@ -148,9 +153,9 @@ def _cut_limits(scores: torch.Tensor, params: Sequence[SamplingParams], width: i
     top_p = _column([p.top_p if p.top_p < 1 else float("inf") for p in params], scores)
     kept = (mass_above < top_p).sum(dim=-1, keepdim=True)
     limits = torch.where(top_p < 1, torch.maximum(limits, head.gather(-1, kept - 1)), limits)
-    inside = [k <= width if p.top_p == 1 else count < width or k <= width == vocab or k <= width
-              for k, p, count in zip(top_k, params, kept[:, 0].tolist(), strict=True)]
-    return limits, [width == vocab or ok for ok in inside]
+    # A top-k cut lies at the k-th score; a top-p cut lies in the head where it drops something of the head.
+    return limits, [width == vocab or (k <= width if k < vocab else count < width)
+                    for k, count in zip(top_k, kept[:, 0].tolist(), strict=True)]
 
 
 def draw(scores: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:

@@ -12,7 +12,6 @@ MAX_SEGMENT_LAYERS = 8
 MAX_SEGMENT_EXPERTS = 64
 
 
-
 @dataclass(frozen=True)
 class Segment:
     """A group of consecutive decoder layers (or `embed`, `head`) that is compiled as one plan.
@@ -28,7 +27,7 @@ class Segment:
     def checkpoint_name(self, name: str) -> str:
         """The rank checkpoint's name of the segment's weight or layer `name`."""
         if self.kind != "decoder":
-            return name if name == "lm_head" or name == "lm_head.weight" else f"transformer.{name}"
+            return name if name in ("lm_head", "lm_head.weight") else f"transformer.{name}"
         _, local, rest = name.split(".", 2)
         return f"transformer.layers.{self.first_layer + int(local)}.{rest}"
 

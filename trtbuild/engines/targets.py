@@ -1,7 +1,8 @@
 """The GPUs that TensorRT-RTX compiles for, and what each of them can compute.
 
 Compute capabilities are those of `tensorrt_rtx.ComputeCapability` (1.7); that a precision is missing on one was
-found by compiling: the builder answers "the model contains HW-specific datatypes".
+found by compiling: the builder answers "the model contains HW-specific datatypes", and for a float32 matrix multiply
+on sm75 "FP32 GEMM is not supported".
 """
 
 from __future__ import annotations
@@ -22,36 +23,31 @@ TARGETS: dict[str, str] = {
 
 # The lowest compute capability whose kernels exist for a weight or activation type.
 MIN_SM = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+# A router's logits are a float32 matrix multiply.
+MIN_SM_MOE = 80
 
 
-def supports(target: str, precision: Precision) -> bool:
-    """Whether `target` ("sm89") computes both the weights' precision and the 16-bit type of the rest."""
-    return not missing_types(target, precision)
-
-
-def missing_types(target: str, precision: Precision) -> list[str]:
-    """The types of `precision` that `target` lacks, weights first."""
+def problems(target: str, precision: Precision, moe: bool = False) -> list[str]:
+    """What `target` ("sm89") lacks for the weights' precision, the 16-bit type of the rest, or an MoE's router."""
+    if target not in TARGETS:
+        return [f"{target} is no target of TensorRT-RTX, which has {', '.join(TARGETS)}"]
+    able = int(target[2:])
     needed = dict.fromkeys((precision.weights, precision.dtype))
-    return [name for name in needed if int(target[2:]) < MIN_SM[name]]
+    found = [f"{TARGETS[target]} has no {name}, which needs sm{MIN_SM[name]}" for name in needed if able < MIN_SM[name]]
+    if moe and able < MIN_SM_MOE:
+        found.append(f"{TARGETS[target]} has no float32 matrix multiply, which a router needs (sm{MIN_SM_MOE})")
+    return [f"{target}: {problem}" for problem in found]
 
 
-def resolve_targets(requested: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:
-    """Compute capabilities to compile for, ascending; by default every one that supports `precision`.
+def resolve_targets(requested: Sequence[str] | None, precision: Precision, moe: bool = False) -> tuple[str, ...]:
+    """Compute capabilities to compile for, ascending; by default every one that supports the model.
 
-    Raises `Refused`, with all problems, for an unknown target and for one that lacks the precision.
+    Raises `Refused`, with all problems, for an unknown target and for one that lacks something.
     """
-    able = tuple(target for target in TARGETS if supports(target, precision))
+    able = tuple(target for target in TARGETS if not problems(target, precision, moe))
     if not requested:
         return able
-    problems = []
-    for target in dict.fromkeys(requested):
-        if target not in TARGETS:
-            problems.append(f"{target} is no target of TensorRT-RTX, which has {', '.join(TARGETS)}")
-            continue
-        for name in missing_types(target, precision):
-            problems.append(
-                f"{target}, {TARGETS[target]}, has no {name}, which needs sm{MIN_SM[name]} or newer; "
-                f"leave it out (able: {', '.join(able)}) or choose another --precision"
-            )
-    refuse_all("--target", problems)
+    fix = f"leave it out (able: {', '.join(able)}) or choose another --precision"
+    found = [f"{problem}; {fix}" for target in dict.fromkeys(requested) for problem in problems(target, precision, moe)]
+    refuse_all("--target", found)
     return tuple(target for target in TARGETS if target in requested)

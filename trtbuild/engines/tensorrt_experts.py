@@ -19,7 +19,7 @@ import numpy as np
 import tensorrt_rtx as trt
 
 from trtbuild.engines.tensorrt_graph import ElementWise, Graph
-from trtbuild.engines.tensorrt_weights import Weights
+from trtbuild.engines.tensorrt_weights import Enter, Weights
 from trtbuild.errors import EngineBuildError
 
 MoeForm = Literal["conditional", "routed", "dense"]
@@ -28,15 +28,17 @@ MoeForm = Literal["conditional", "routed", "dense"]
 TILE_ROWS = 64
 
 
-def choose_form(phase: str, max_tokens: int, num_experts: int, top_k: int) -> MoeForm:
-    """The form of a plan: `phase` and the largest step's tokens decide.
+def choose_form(phase: str, max_tokens: int, num_experts: int, top_k: int, precision: str) -> MoeForm:
+    """The form of a plan: its phase, the largest step's tokens and the weights' precision decide.
 
     Up to one tile of tokens, routing saves no arithmetic over a conditional. A model whose tokens choose every expert
     gains from neither. Plans of both phases (embedded weights) are routed: a loop of zero turns reads no weights.
+    In a loop int8 weights are dequantized to scratch, all experts of all layers at once, and int4 weights one expert at
+    a time, where a conditional keeps both fused with the matrix multiply; so they are never routed.
     """
     if top_k >= num_experts:
         return "dense"
-    if phase == "decode" or max_tokens <= TILE_ROWS:
+    if phase == "decode" or max_tokens <= TILE_ROWS or precision in ("int8", "int4"):
         return "conditional"
     return "routed"
 
@@ -87,12 +89,14 @@ def _route(graph: Graph, scores: trt.ITensor, indices: trt.ITensor, num_experts:
     return _Routing(coefficients, chosen)
 
 
-def _ffn(graph: Graph, weights: Weights, x: trt.ITensor, name: str, expert: int) -> trt.ITensor:
+def _ffn(
+    graph: Graph, weights: Weights, x: trt.ITensor, name: str, expert: int, enter: Enter | None = None
+) -> trt.ITensor:
     """proj(silu(gate) * up) of one expert, [rows, hidden]; the fused fc holds up before gate."""
-    both = weights.linear(x, f"{name}.fc", expert)
+    both = weights.linear(x, f"{name}.fc", expert, enter)
     half = both.shape[1] // 2
     up, gate = graph.slice(both, 1, 0, half), graph.slice(both, 1, half, half)
-    return weights.linear(graph.multiply(graph.silu(gate), up), f"{name}.proj", expert)
+    return weights.linear(graph.multiply(graph.silu(gate), up), f"{name}.proj", expert, enter)
 
 
 def _dense(
@@ -109,12 +113,17 @@ def _conditional(
     for expert in range(num_experts):
         condition = _positive(graph, graph.reshape(graph.slice(wanted, 0, expert, 1), ()))
         conditional = graph.network.add_if_conditional()
+        graph.exists(conditional, "a conditional")
         conditional.set_condition(condition)
-        inside = graph.output_of(conditional.add_input(x), "a conditional's input")
-        computed = _ffn(graph, weights, inside, name, expert)
+        enter = _entrance(graph, conditional)
+        computed = _ffn(graph, weights, enter(x), name, expert, enter)
         nothing = graph.cast(graph.zeros_like(x), x.dtype)
         outputs.append(graph.output_of(conditional.add_output(computed, nothing), "a conditional's output"))
     return outputs
+
+
+def _entrance(graph: Graph, conditional: trt.IIfConditional) -> Enter:
+    return lambda tensor: graph.output_of(conditional.add_input(tensor), "a conditional's input")
 
 
 def _routed(

@@ -7,14 +7,16 @@ set reads back as before. `Graph` turns each of these into an `EngineBuildError`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorrt_rtx as trt
-import torch
 
 from trtbuild.engines.tensorrt_log import build_log
 from trtbuild.errors import EngineBuildError
+
+if TYPE_CHECKING:
+    import torch
 
 ElementWise = trt.ElementWiseOperation
 NONE, TRANSPOSE = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE

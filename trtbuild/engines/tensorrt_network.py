@@ -55,7 +55,7 @@ def plan_moe_form(plan: RankPlan, segment: Segment, phase: Phase, limits: Engine
     if moe is None or segment.kind != "decoder":
         return None
     tokens = limits.max_batch_size if phase == "decode" else limits.max_step_tokens
-    return choose_form(phase, tokens, moe.num_experts, moe.top_k)
+    return choose_form(phase, tokens, moe.num_experts, moe.top_k, plan.precision.weights)
 
 
 def build_network(
@@ -90,6 +90,8 @@ def builder_config(built: BuiltNetwork, targets: tuple[str, ...]) -> trt.IBuilde
     """Targets, profiles, and float32 that is float32: the router decides on near ties, so no TF32."""
     config = built.builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    # Streams of its own would give every branch a GEMM workspace; a decoder is a chain.
+    config.max_aux_streams = 0
     config.num_compute_capabilities = len(targets)
     for i, target in enumerate(targets):
         config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), i)

@@ -28,7 +28,7 @@ from trtbuild.errors import EngineBuildError
 # prefill: B = 1; decode: S = 1; any: both dynamic (embed, head, and plans with embedded weights).
 Phase = Literal["prefill", "decode", "any"]
 
-# Below this number of query heads TensorRT-RTX 1.7 has no fused kernel for every step, and must be allowed to decompose.
+# Below this number of query heads TensorRT-RTX 1.7 has no fused attention for a step of one token.
 FUSED_ATTENTION_HEADS = 4
 
 MODEL_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -143,6 +143,11 @@ class TensorRTOps:
         self, query: trt.ITensor, keys: trt.ITensor, values: trt.ITensor, window: int | None
     ) -> trt.ITensor:
         graph = self.graph
+        num_heads = query.shape[1]
+        repeats = -(-FUSED_ATTENTION_HEADS // num_heads)
+        if repeats > 1:
+            heads = [graph.slice(query, 1, head, 1) for head in range(num_heads) for _ in range(repeats)]
+            query = graph.concatenate(heads, 1)
         # IAttention does not scale by 1 / sqrt(D) itself.
         scaled = graph.scale(graph.cast(query, trt.float32), 1 / math.sqrt(query.shape[3]))
         masked = window is not None and window < self.limits.max_seq_len
@@ -153,13 +158,16 @@ class TensorRTOps:
             raise EngineBuildError(f"TensorRT refused an attention layer of {query.shape[1]} heads")
         lengths = self.input("key_value_lengths")
         layer.key_value_lengths = lengths
-        layer.decomposable = query.shape[1] < FUSED_ATTENTION_HEADS
         if masked:
             layer.mask = self._window_mask(window)
         # A mask beside a causal kind is dropped with no more than a log line.
         if layer.key_value_lengths is None or layer.causal_kind != kind or (layer.mask is None) == masked:
             raise EngineBuildError("TensorRT did not take the attention layer's mask or lengths")
-        return graph.output_of(layer, "attention")
+        attended = graph.output_of(layer, "attention")
+        if repeats == 1:
+            return attended
+        heads = [graph.slice(attended, 1, head * repeats, 1) for head in range(num_heads)]
+        return graph.concatenate(heads, 1) if num_heads > 1 else heads[0]
 
     def silu(self, x: trt.ITensor) -> trt.ITensor:
         return self.graph.silu(x)

@@ -8,13 +8,14 @@ Why each precision is written as it is (TensorRT-RTX 1.7, from the text of compi
   product of unscaled values overflows fp16; the plan's GEMM still has fp8 operands. Stored as [in, out]: an input
   of [out, in] is copied to scratch first.
 - int8: the float32 scale of each output channel is an input of the dequantize layer, which fuses into the GEMM. Scaling
-  the product instead would have it overflow fp16.
+  the product instead would have it overflow fp16. Inside a conditional, weight and scale must enter through its
+  boundary, or they are dequantized outside of it, to scratch; in a loop they always are.
 - int4: constants, [out, in] with block scales [out, in / group]; an int4 input would be unpacked to scratch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorrt_rtx as trt
@@ -24,6 +25,8 @@ from trtbuild.engines.bindings import STORED_TYPES, Binding, Transform, WeightRe
 from trtbuild.engines.segments import Segment
 from trtbuild.engines.tensorrt_graph import NONE, TRANSPOSE, Graph
 from trtbuild.errors import EngineBuildError
+
+Enter = Callable[[trt.ITensor], trt.ITensor]
 
 
 class Weights:
@@ -61,8 +64,13 @@ class Weights:
         spec = self.specs[name]
         return self.tensor(name, STORED_TYPES[spec.dtype], spec.shape, WeightSource("copy", (name,)))
 
-    def linear(self, x: trt.ITensor, name: str, expert: int | None = None) -> trt.ITensor:
-        """x [tokens, in] -> [tokens, out] in x's type; no bias. `expert` indexes a stack, counted on the rank."""
+    def linear(
+        self, x: trt.ITensor, name: str, expert: int | None = None, enter: Enter | None = None
+    ) -> trt.ITensor:
+        """x [tokens, in] -> [tokens, out] in x's type; no bias.
+
+        `expert` indexes a stack, counted on the rank. `enter` brings a tensor into the conditional that x is in.
+        """
         layer = self.linears.get(name)
         if layer is None:
             return self.graph.matmul(x, self.plain(f"{name}.weight"), TRANSPOSE)
@@ -70,8 +78,10 @@ class Weights:
             return self._fp8(x, name, layer, expert)
         if layer.precision == "int8":
             scale = self._part(name, "per_channel_scale", "copy", expert)
-            weight = self.graph.dequantize(self._part(name, "weight", "transpose", expert), scale, x.dtype, axis=1)
-            return self.graph.matmul(x, weight)
+            weight = self._part(name, "weight", "transpose", expert)
+            if enter is not None:
+                scale, weight = enter(scale), enter(weight)
+            return self.graph.matmul(x, self.graph.dequantize(weight, scale, x.dtype, axis=1))
         if layer.precision == "int4":
             if not self.embedded:
                 raise EngineBuildError(f"{name}: int4 weights must be embedded, TensorRT-RTX unpacks int4 inputs to scratch")

@@ -126,7 +126,9 @@ class TorchOps:
         pairs = _each_pair(lambda value: _select(value, moe), logits)
         if "active" in self.inputs:
             idle = _each(lambda active: (active.flatten() == 0).unsqueeze(-1), self.inputs["active"])
-            pairs = [(scores, indices.masked_fill(mask, -1)) for (scores, indices), mask in zip(pairs, idle, strict=True)]
+            pairs = [
+                (scores, indices.masked_fill(mask, -1)) for (scores, indices), mask in zip(pairs, idle, strict=True)
+            ]
         return [scores for scores, _ in pairs], [indices for _, indices in pairs]
 
     def experts(self, x: Ranks, name: str, scores: Ranks, indices: Ranks, moe: MoeConfig) -> Ranks:

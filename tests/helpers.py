@@ -1,0 +1,190 @@
+"""Small random Hugging Face checkpoints of every family, and transformers' own reading of them.
+
+Nothing here uses the package's tables: names and shapes are written down once more, from transformers' modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.precision import Precision, PrecisionName
+from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.shards import fill_all
+from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.limits import EngineLimits
+from trtbuild.engines.reference_executor import ReferenceExecutor
+
+TESTS = Path(__file__).parent
+ORACLE = TESTS / "oracle"
+TINY_MIXTRAL = TESTS / "checkpoints" / "tiny-mixtral"
+TINY_QWEN2 = TESTS / "checkpoints" / "tiny-qwen2"
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+}  # fmt: skip
+# heads * head_dim is not hidden_size, tp 4 has more ranks than kv heads, and tp 2 does not divide the vocabulary.
+BASE: dict[str, Any] = {
+    "vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "hidden_act": "silu",
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28},
+}
+
+
+def hf_config(family: str, **changes: Any) -> dict[str, Any]:
+    """config.json of a small model; a change to None is written as null."""
+    model = {"architectures": [ARCHITECTURES[family]], "model_type": family}
+    return model | BASE | EXTRA[family] | changes
+
+
+def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, as transformers writes this model."""
+    family, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    q, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        shapes |= {f"{name}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        for part, out in (("q", q), ("k", kv), ("v", kv)):
+            shapes[f"{name}self_attn.{part}_proj.weight"] = (out, hidden)
+            if attention_bias or family == "qwen2":
+                shapes[f"{name}self_attn.{part}_proj.bias"] = (out,)
+        shapes[f"{name}self_attn.o_proj.weight"] = (hidden, q)
+        if attention_bias:
+            shapes[f"{name}self_attn.o_proj.bias"] = (hidden,)
+        if family == "mixtral":
+            shapes[f"{name}block_sparse_moe.gate.weight"] = (config["num_local_experts"], hidden)
+            for expert in range(config["num_local_experts"]):
+                for part in ("w1", "w2", "w3"):
+                    shape = (hidden, inner) if part == "w2" else (inner, hidden)
+                    shapes[f"{name}block_sparse_moe.experts.{expert}.{part}.weight"] = shape
+            continue
+        for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            shapes[f"{name}mlp.{part}_proj.weight"] = shape
+            if mlp_bias:
+                shapes[f"{name}mlp.{part}_proj.bias"] = shape[:1]
+    return shapes
+
+
+def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Weights with which every part of the network matters: logits spread over several units, sharp attention."""
+    generator = torch.Generator().manual_seed(seed)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in hf_shapes(config).items():
+        values = torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight"):
+            values = 1 + 0.2 * values
+        elif name.endswith(".bias"):
+            values *= 0.5
+        elif len(shape) == 2 and "embed" not in name:
+            values *= 1.5 / shape[1] ** 0.5
+        weights[name] = values.to(dtype)
+    return weights
+
+
+def save_checkpoint(
+    directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor] | None = None, *, shards: int = 1, seed: int = 0
+) -> Path:
+    """Write config.json and the weights (random ones by default) into `directory`, which is created."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    weights = random_weights(config, seed) if weights is None else weights
+    if shards == 1:
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(weights.items())[shard::shards])
+        save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def make_checkpoint(directory: Path, family: str, *, shards: int = 1, seed: int = 0, **changes: Any) -> Path:
+    return save_checkpoint(directory, hf_config(family, **changes), shards=shards, seed=seed)
+
+
+def hf_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model, with its plain attention."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, attn_implementation="eager").eval()
+
+
+@torch.inference_mode()
+def hf_logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """float32 [len(tokens), vocab]."""
+    return model(torch.tensor([list(tokens)])).logits[0].float()
+
+
+def some_tokens(count: int, vocab_size: int = BASE["vocab_size"], seed: int = 1) -> list[int]:
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def rank_tensors(
+    source: CheckpointSource, layout: Layout, precision: PrecisionName | None = None, amax: dict[str, float] | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Every rank's tensors, made in memory."""
+    wanted = Precision.resolve(precision or source.config.dtype, source.config.dtype)
+    return fill_all([plan_rank(source.config, rank, wanted) for rank in layout.ranks()], source.tensor, amax)
+
+
+def executor_of(
+    source: CheckpointSource,
+    layout: Layout | None = None,
+    precision: PrecisionName | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    read: Callable[[int, str], torch.Tensor] | None = None,
+    max_batch_size: int = 4,
+    max_seq_len: int = 128,
+    chunk_size: int = 64,
+) -> ReferenceExecutor:
+    """The reference executor over rank tensors that are made in memory, or over those that `read` finds."""
+    layout = layout or Layout()
+    wanted = Precision.resolve(precision or source.config.dtype, source.config.dtype)
+    plans = [plan_rank(source.config, rank, wanted) for rank in layout.ranks()]
+    if read is None:
+        ranks = fill_all(plans, source.tensor)
+        read = lambda rank, name: ranks[rank][name]  # noqa: E731
+    limits = EngineLimits(max_batch_size=max_batch_size, max_seq_len=max_seq_len, chunk_size=chunk_size)
+    return ReferenceExecutor(plans, read, limits, dtype=dtype)
+
+
+def prefill_all(executor: ReferenceExecutor, tokens: Sequence[int], chunks: Sequence[int], slot: int = 0) -> torch.Tensor:
+    """Logits of every position, the prompt cut into chunks of these lengths (the rest in one piece)."""
+    logits, start = [], 0
+    for length in (*chunks, len(tokens) - sum(chunks)):
+        if length:
+            found = executor.prefill(slot, tokens[start : start + length], start, "all")
+            assert found is not None
+            logits.append(found)
+            start += length
+    return torch.cat(logits)
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
