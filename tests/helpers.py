@@ -19,6 +19,7 @@ from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.executor import LogitRows
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.reference_executor import ReferenceExecutor
 
@@ -28,13 +29,17 @@ TINY_MIXTRAL = TESTS / "checkpoints" / "tiny-mixtral"
 TINY_QWEN2 = TESTS / "checkpoints" / "tiny-qwen2"
 
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 # heads * head_dim is not hidden_size, tp 4 has more ranks than kv heads, and tp 2 does not divide the vocabulary.
 BASE: dict[str, Any] = {
     "vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "head_dim": 16, "intermediate_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "hidden_act": "silu",
-    "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 16, "intermediate_size": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+    "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": False, "mlp_bias": False},
@@ -54,7 +59,10 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, as transformers writes this model."""
     family, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
     q, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
@@ -82,7 +90,9 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def random_weights(
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
     """Weights with which every part of the network matters: logits spread over several units, sharp attention."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
@@ -99,7 +109,12 @@ def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = t
 
 
 def save_checkpoint(
-    directory: Path, config: dict[str, Any], weights: dict[str, torch.Tensor] | None = None, *, shards: int = 1, seed: int = 0
+    directory: Path,
+    config: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    shards: int = 1,
+    seed: int = 0,
 ) -> Path:
     """Write config.json and the weights (random ones by default) into `directory`, which is created."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -141,7 +156,10 @@ def some_tokens(count: int, vocab_size: int = BASE["vocab_size"], seed: int = 1)
 
 
 def rank_tensors(
-    source: CheckpointSource, layout: Layout, precision: PrecisionName | None = None, amax: dict[str, float] | None = None
+    source: CheckpointSource,
+    layout: Layout,
+    precision: PrecisionName | None = None,
+    amax: dict[str, float] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Every rank's tensors, made in memory."""
     wanted = Precision.resolve(precision or source.config.dtype, source.config.dtype)
@@ -170,14 +188,23 @@ def executor_of(
     return ReferenceExecutor(plans, read, limits, dtype=dtype)
 
 
-def prefill_all(executor: ReferenceExecutor, tokens: Sequence[int], chunks: Sequence[int], slot: int = 0) -> torch.Tensor:
+def prefill(
+    executor: ReferenceExecutor, tokens: Sequence[int], start: int = 0, slot: int = 0, logits: LogitRows = "last"
+) -> torch.Tensor:
+    """Logits of one chunk."""
+    found = executor.prefill(slot, tokens, start, logits)
+    assert found is not None
+    return found
+
+
+def prefill_all(
+    executor: ReferenceExecutor, tokens: Sequence[int], chunks: Sequence[int], slot: int = 0
+) -> torch.Tensor:
     """Logits of every position, the prompt cut into chunks of these lengths (the rest in one piece)."""
     logits, start = [], 0
     for length in (*chunks, len(tokens) - sum(chunks)):
         if length:
-            found = executor.prefill(slot, tokens[start : start + length], start, "all")
-            assert found is not None
-            logits.append(found)
+            logits.append(prefill(executor, tokens[start : start + length], start, slot, "all"))
             start += length
     return torch.cat(logits)
 

@@ -17,7 +17,9 @@ def test_file_with_flags_on_top(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "text.txt").write_text("x")
     file = tmp_path / "r.toml"
-    file.write_text('model = "hf"\nprecision = "fp8"\ntp = 4\nmoe_ep = 2\ncalib_data = "text.txt"\ntarget = ["sm89", "sm120"]\n')
+    file.write_text(
+        'model = "hf"\nprecision = "fp8"\ntp = 4\nmoe_ep = 2\ncalib_data = "text.txt"\ntarget = ["sm89", "sm120"]\n'
+    )
     recipe = Recipe.read(file, tp=2, name="mine")
     assert recipe.model == str(tmp_path / "hf")
     assert recipe.calib_data == tmp_path / "text.txt"
@@ -61,7 +63,9 @@ def test_names(fields: dict[str, Any], name: str) -> None:
     assert Recipe.create(**fields).engine_name == name
 
 
-@pytest.mark.parametrize("fields", [{"model": "x", "name": "../x"}, {"model": "x", "name": "a b"}, {"model": "my model"}])
+@pytest.mark.parametrize(
+    "fields", [{"model": "x", "name": "../x"}, {"model": "x", "name": "a b"}, {"model": "my model"}]
+)
 def test_a_name_that_is_no_file_name_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(Refused, match="use letters, digits"):
         _ = Recipe.create(**fields).engine_name
@@ -74,10 +78,27 @@ def test_sizes_that_do_not_multiply_are_refused_with_the_flags() -> None:
 
 def test_the_command_says_what_differs_from_the_defaults() -> None:
     assert Recipe.create(model="mixtral").command() == "trtbuild compile mixtral"
-    fields = {"model": "my dir/model", "precision": "fp8", "tp": 2, "target": ("sm89", "sm120"), "embed_weights": True, "max_seq_len": 512}
+    fields = {
+        "model": "my dir/model",
+        "precision": "fp8",
+        "tp": 2,
+        "target": ("sm89", "sm120"),
+        "embed_weights": True,
+        "max_seq_len": 512,
+    }
     words = shlex.split(Recipe.create(**fields).command())
     assert words[:3] == ["trtbuild", "compile", "my dir/model"]
-    assert words[3:] == ["--precision", "fp8", "--tp", "2", "--target", "sm89,sm120", "--max-seq-len", "512", "--embed-weights"]
+    assert words[3:] == [
+        "--precision",
+        "fp8",
+        "--tp",
+        "2",
+        "--target",
+        "sm89,sm120",
+        "--max-seq-len",
+        "512",
+        "--embed-weights",
+    ]
 
 
 def test_the_command_is_one_that_the_command_line_takes() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,6 +16,10 @@ from trtbuild.workspace import Workspace, check_name, digest_of, read_json, stag
 REQUEST = {"model": "a", "tp": 2}
 
 
+def names_in(directory: Path) -> list[str]:
+    return sorted(file.name for file in directory.iterdir())
+
+
 def build(final: Path, text: str, request: dict[str, object] | None = None, *, force: bool = False) -> bool:
     """Whether there was something to build."""
     with staged(final, request or REQUEST, force=force) as partial:
@@ -28,6 +31,7 @@ def build(final: Path, text: str, request: dict[str, object] | None = None, *, f
 def test_published_when_the_block_ends(tmp_path: Path) -> None:
     final = tmp_path / "build" / "x"
     with staged(final, REQUEST) as partial:
+        assert partial is not None
         assert partial == tmp_path / "build" / ".x.partial"
         (partial / "deep").mkdir()
         (partial / "deep" / "file").write_text("1")
@@ -79,9 +83,9 @@ def test_force_replaces(tmp_path: Path, request_: dict[str, object]) -> None:
     build(tmp_path / "x", "first")
     (tmp_path / "x" / "old").write_text("1")
     assert build(tmp_path / "x", "second", request_, force=True)
-    assert sorted(os.listdir(tmp_path / "x")) == ["request.json", "result"]
+    assert names_in(tmp_path / "x") == ["request.json", "result"]
     assert (tmp_path / "x" / "result").read_text() == "second"
-    assert sorted(os.listdir(tmp_path)) == [".x.lock", "x"]
+    assert names_in(tmp_path) == [".x.lock", "x"]
 
 
 def test_a_forced_build_that_fails_leaves_the_old_result(tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_another_requests_partial_is_discarded(tmp_path: Path) -> None:
         (partial / "stale").write_text("1")
         raise RuntimeError
     build(tmp_path / "x", "fresh")
-    assert sorted(os.listdir(tmp_path / "x")) == ["request.json", "result"]
+    assert names_in(tmp_path / "x") == ["request.json", "result"]
 
 
 def test_a_partial_without_its_marker_is_discarded(tmp_path: Path) -> None:
@@ -105,7 +109,7 @@ def test_a_partial_without_its_marker_is_discarded(tmp_path: Path) -> None:
     (tmp_path / ".x.partial").mkdir()
     (tmp_path / ".x.partial" / ".request.json.partial").write_text("{")
     build(tmp_path / "x", "fresh")
-    assert sorted(os.listdir(tmp_path / "x")) == ["request.json", "result"]
+    assert names_in(tmp_path / "x") == ["request.json", "result"]
 
 
 def test_killed_while_replacing(tmp_path: Path) -> None:
@@ -115,7 +119,7 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     assert build(tmp_path / "x", "second")
     assert build(tmp_path / "x", "third", force=True)
     assert (tmp_path / "x" / "result").read_text() == "third"
-    assert sorted(os.listdir(tmp_path)) == [".x.lock", "x"]
+    assert names_in(tmp_path) == [".x.lock", "x"]
 
 
 def test_killed_before_the_old_result_was_removed(tmp_path: Path) -> None:
@@ -132,7 +136,9 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
         "with staged(Path(sys.argv[1]), {'model': 'a', 'tp': 2}) as partial:\n"
         "    (partial / 'half').write_text('1')\n    print('inside', flush=True)\n    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "inside\n"
         with pytest.raises(Refused, match="another trtbuild process") as refusal:
@@ -143,7 +149,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
         holder.wait(10)
     # The lock dies with its process, and the work of the same request is taken up.
     build(tmp_path / "x", "mine")
-    assert sorted(os.listdir(tmp_path / "x")) == ["half", "request.json", "result"]
+    assert names_in(tmp_path / "x") == ["half", "request.json", "result"]
 
 
 @pytest.mark.parametrize("name", ["a", "mixtral-8x7b-fp8-tp2-ep2", "A.b_c-9", "x" * 128])
@@ -151,9 +157,11 @@ def test_names(name: str) -> None:
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-flag", "a/b", "../x", "a b", "a\n", "ä", "x" * 129, "a\0"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "-flag", "a/b", "../x", "a b", "a\n", "ä", "x" * 129, "a\0"]
+)
 def test_names_that_are_more_than_a_file_name(name: str) -> None:
-    with pytest.raises(Refused, match="name .*: use letters"):
+    with pytest.raises(Refused, match=r"name .*: use letters"):
         check_name(name)
 
 
@@ -165,7 +173,7 @@ def test_an_engine_that_is_not_there_lists_the_others(tmp_path: Path) -> None:
         (workspace.engines / name).mkdir(parents=True)
         write_json(workspace.engines / name / "engine.json", {})
     (workspace.engines / "unfinished").mkdir()
-    with pytest.raises(Refused, match="no engine 'unfinished' in .*there: a, b"):
+    with pytest.raises(Refused, match=r"no engine 'unfinished' in .*there: a, b"):
         workspace.engine("unfinished")
     with pytest.raises(Refused, match="use letters"):
         workspace.engine("../engines/a")

@@ -205,10 +205,11 @@ def generate(
     """Stream one answer of the engine NAME to the terminal."""
     from trtbuild.engines.generate import generate as run
     from trtbuild.engines.request import SamplingParams
+    from trtbuild.progress import terminal_progress
     from trtbuild.workspace import Workspace
 
-    engine = Workspace(workspace).engine(name)
-    run(engine, prompt, SamplingParams(**sampling), chat=chat, dtype=dtype, threads=threads, as_json=as_json)
+    engine, params = Workspace(workspace).engine(name), SamplingParams(**sampling)
+    run(engine, prompt, params, chat=chat, dtype=dtype, threads=threads, as_json=as_json, progress=terminal_progress)
 
 
 if __name__ == "__main__":

@@ -98,20 +98,12 @@ def shuffle(layer: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
     if len(inputs) > 1 and inputs[1] is not None:
         dims = inputs[1].tolist()
     else:
-        dims = reshape_dims(layer)
+        dims = None if layer.reshape_dims is None else list(layer.reshape_dims)
     if dims is not None:
         if layer.zero_is_placeholder:
             dims = [value.shape[i] if dim == 0 else dim for i, dim in enumerate(dims)]
         value = value.reshape(dims)
     return value.permute(second[: value.dim()]) if value.dim() else value
-
-
-def reshape_dims(layer: Any) -> list[int] | None:
-    """None where the layer only transposes."""
-    try:
-        return list(layer.reshape_dims)
-    except (ValueError, RuntimeError):
-        return None
 
 
 def concatenation(layer: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ on one asks the others for their input. Branches of a conditional are evaluated 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorrt_rtx as trt
@@ -19,7 +19,8 @@ sys.setrecursionlimit(50_000)
 
 TYPES = {
     trt.float32: torch.float32, trt.float16: torch.float16, trt.bfloat16: torch.bfloat16, trt.int32: torch.int32,
-    trt.int64: torch.int64, trt.bool: torch.bool, trt.fp8: torch.float8_e4m3fn, trt.int8: torch.int8, trt.int4: torch.int8,
+    trt.int64: torch.int64, trt.bool: torch.bool, trt.fp8: torch.float8_e4m3fn, trt.int8: torch.int8,
+    trt.int4: torch.int8,
 }  # fmt: skip
 # Layers whose attributes are read from another class than LAYERS'.
 SCOPES = {
@@ -33,32 +34,20 @@ SCOPES = {
 }
 
 
-def run_network(
-    network: trt.INetworkDefinition,
-    inputs: list[Mapping[str, torch.Tensor]],
-    constants: Mapping[str, torch.Tensor] | list[Mapping[str, torch.Tensor]] | None = None,
+def run_networks(
+    networks: Sequence[trt.INetworkDefinition],
+    inputs: Sequence[Mapping[str, torch.Tensor]],
+    constants: Sequence[Mapping[str, torch.Tensor]],
     *,
     wide: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """Every rank's outputs by name.
+    """Every rank's outputs by name; the ranks' networks may be the same object.
 
-    inputs: one mapping for each rank; a tensor of another type or shape than the network declares is an error.
+    inputs: a tensor of another type or shape than the network declares is an error.
     constants: contents of constants that TensorRT's Python API does not show (bf16, fp8, int4), by layer name.
     """
-    return run_networks([network] * len(inputs), inputs, constants, wide=wide)
-
-
-def run_networks(
-    networks: list[trt.INetworkDefinition],
-    inputs: list[Mapping[str, torch.Tensor]],
-    constants: Any = None,
-    *,
-    wide: bool = False,
-) -> list[dict[str, torch.Tensor]]:
-    """`run_network` where each rank has a network of its own (embedded weights)."""
-    given = constants if isinstance(constants, list) else [constants or {}] * len(networks)
     ranks: list[Rank] = []
-    for network, feed, known in zip(networks, inputs, given, strict=True):
+    for network, feed, known in zip(networks, inputs, constants, strict=True):
         ranks.append(Rank(network, feed, known, ranks, wide))
     return [rank.outputs() for rank in ranks]
 
@@ -77,10 +66,7 @@ class Rank:
         self._group, self._wide, self._constants = group, wide, constants
         self._network = network
         self._layers = [_typed(network.get_layer(i)) for i in range(network.num_layers)]
-        self._producer = {
-            layer.get_output(i).name: (layer, i) for layer in self._layers for i in range(layer.num_outputs)
-        }
-        self._attentions: dict[str, Any] = {}
+        self._producer = {layer.get_output(i).name: layer for layer in self._layers for i in range(layer.num_outputs)}
         # Values of the loops that are running, innermost last, each with the tensors that change in it.
         self._scopes: list[tuple[set[str], dict[str, torch.Tensor]]] = []
         self._values = {name: self._checked(tensor, inputs) for name, tensor in self._declared().items()}
@@ -97,7 +83,7 @@ class Rank:
                 store = values
                 break
         if name not in store:
-            layer, index = self._producer[name]
+            layer = self._producer[name]
             results = self._evaluate(layer)
             results = results if isinstance(results, tuple) else (results,)
             for i, result in enumerate(results):
@@ -110,25 +96,29 @@ class Rank:
 
     def _evaluate(self, layer: Any) -> Any:
         kind = layer.type_name
-        if kind == "CONSTANT":
-            return self._constant(layer)
-        if kind == "CONDITIONAL_OUTPUT":
-            condition = next(x for x in self._of("CONDITION", layer.conditional.name))
-            return self.value(layer.get_input(0 if bool(self.value(condition.get_input(0))) else 1))
-        if kind == "CONDITIONAL_INPUT":
-            return self.value(layer.get_input(0))
-        if kind == "LOOP_OUTPUT":
-            return self._loop(layer)
-        if kind == "DIST_COLLECTIVE":
-            return self._collective(layer)
-        if kind == "ATTENTION_OUTPUT":
-            return self.value(layer.get_input(0))
+        control = {
+            "CONSTANT": self._constant,
+            "CONDITIONAL_INPUT": self._pass,
+            "CONDITIONAL_OUTPUT": self._branch,
+            "LOOP_OUTPUT": self._loop,
+            "DIST_COLLECTIVE": self._collective,
+            "ATTENTION_OUTPUT": self._pass,
+        }
+        if kind in control:
+            return control[kind](layer)
         inputs = [self.value(x) if x is not None else None for x in map(layer.get_input, range(layer.num_inputs))]
         dtype = self._type(layer.get_output(0).dtype)
         if kind == "ATTENTION_INPUT":
             inputs += [None] * (7 - len(inputs))
             return attention(layer.attention, inputs, dtype)
         return LAYERS[kind][1](layer, inputs, dtype)
+
+    def _pass(self, layer: Any) -> torch.Tensor:
+        return self.value(layer.get_input(0))
+
+    def _branch(self, layer: Any) -> torch.Tensor:
+        (condition,) = self._of("CONDITION", layer.conditional.name)
+        return self.value(layer.get_input(0 if bool(self.value(condition.get_input(0))) else 1))
 
     def _loop(self, output: Any) -> torch.Tensor:
         """LAST_VALUE of a recurrence: its value when the loop ends, the initial one after no turns."""
@@ -167,12 +157,10 @@ class Rank:
         assert layer.num_ranks == len(self._group)
         index = next(i for i, x in enumerate(self._layers) if x is layer)
         parts = [rank.value(rank._layers[index].get_input(0)) for rank in self._group]
-        output = layer.get_output(0)
-        if not any(-1 < dim != size for dim, size in zip(output.shape, parts[0].shape, strict=True)) and not (
-            output.shape[0] != layer.get_input(0).shape[0]
-        ):
-            return torch.stack(parts).float().sum(0).to(parts[0].dtype)
-        return torch.cat(parts, 0)
+        # The API tells no operation; an all-gather multiplies the first dimension, which is static here.
+        if layer.get_output(0).shape[0] == layer.num_ranks * layer.get_input(0).shape[0]:
+            return torch.cat(parts, 0)
+        return torch.stack(parts).float().sum(0).to(parts[0].dtype)
 
     def _constant(self, layer: Any) -> torch.Tensor:
         weights = layer.weights

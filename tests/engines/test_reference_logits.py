@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import executor_of, hf_logits, hf_model, make_checkpoint, prefill_all, some_tokens
+from helpers import executor_of, hf_logits, hf_model, make_checkpoint, prefill, prefill_all, some_tokens
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.source import CheckpointSource
@@ -28,7 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window-top3": ("mixtral", {"sliding_window": WINDOW, "num_local_experts": 8, "num_experts_per_tok": 3}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2-window-from-layer-1": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2-window-from-layer-1": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     # Both keys are there, as in every Qwen2 config, but the window is switched off.
     "qwen2-window-off": ("qwen2", {"use_sliding_window": False, "sliding_window": WINDOW, "max_window_layers": 1}),
 }
@@ -89,18 +92,14 @@ def test_chunks_change_nothing(reference: Reference, chunks: tuple[int, ...]) ->
 def test_last_row_and_no_rows(reference: Reference) -> None:
     executor = executor_of(reference.source)
     assert executor.prefill(0, reference.tokens[:10], 0, "none") is None
-    last = executor.prefill(0, reference.tokens[10:20], 10, "last")
-    assert last is not None
-    assert reference.deviation(last, 19) < TOLERANCE
+    assert reference.deviation(prefill(executor, reference.tokens[10:20], 10), 19) < TOLERANCE
 
 
 def test_a_slot_is_reused_from_the_middle(reference: Reference) -> None:
     """Prefix reuse: what stands before `start` stays valid, whatever was written behind it."""
     executor = executor_of(reference.source)
     executor.prefill(0, [*reference.tokens[:20], *some_tokens(20, seed=9)], 0, "none")
-    found = executor.prefill(0, reference.tokens[20:], 20, "all")
-    assert found is not None
-    assert reference.deviation(found, 20) < TOLERANCE
+    assert reference.deviation(prefill(executor, reference.tokens[20:], 20, logits="all"), 20) < TOLERANCE
 
 
 def test_batched_decode_gives_the_tokens_of_each_alone(reference: Reference) -> None:
@@ -110,7 +109,7 @@ def test_batched_decode_gives_the_tokens_of_each_alone(reference: Reference) -> 
 
     def alone(prompt: list[int]) -> tuple[list[int], torch.Tensor]:
         executor = executor_of(reference.source, layout)
-        rows = [executor.prefill(0, prompt, 0)]
+        rows = [prefill(executor, prompt)]
         for step in range(steps):
             rows.append(executor.decode([0], [int(rows[-1].argmax())], [len(prompt) + step]))
         return [int(row.argmax()) for row in rows], torch.cat(rows)
@@ -118,7 +117,7 @@ def test_batched_decode_gives_the_tokens_of_each_alone(reference: Reference) -> 
     expected = [alone(prompt) for prompt in prompts]
     executor = executor_of(reference.source, layout)
     slots = [2, 0, 3, 1]
-    rows = [[executor.prefill(slot, prompt, 0)] for slot, prompt in zip(slots, prompts, strict=True)]
+    rows = [[prefill(executor, prompt, slot=slot)] for slot, prompt in zip(slots, prompts, strict=True)]
     for step in range(steps):
         logits = executor.decode(
             slots, [int(row[-1].argmax()) for row in rows], [len(prompt) + step for prompt in prompts]

@@ -23,21 +23,39 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "linear-old-key": {"type": "linear", "factor": 2.5},
     "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 24,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "yarn-without-original": {"type": "yarn", "factor": 4.0},
-    "yarn-attention-factor": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 0.8},
+    "yarn-attention-factor": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 0.8,
+    },
     "yarn-mscale": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.3,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.3,
     },
     # transformers ignores mscale without mscale_all_dim.
     "yarn-mscale-alone": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7},
     "yarn-betas-untruncated": {
-        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 32, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False,
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "truncate": False,
     },
     "dynamic-within-trained": {"rope_type": "dynamic", "factor": 2.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -51,7 +69,9 @@ def test_a_scaled_model_has_transformers_logits(name: str, tmp_path: Path) -> No
     assert float((prefill_all(executor, tokens, (5, 31), slot=1) - expected).abs().max()) < 1e-4
     # The scaling is what is tested: without it the logits are elsewhere, unless the text is within the trained length.
     plain = make_checkpoint(tmp_path / "plain", "llama", max_position_embeddings=TRAINED)
-    difference = float((prefill_all(executor_of(CheckpointSource.open(str(plain)), chunk_size=72), tokens, ()) - expected).abs().max())
+    difference = float(
+        (prefill_all(executor_of(CheckpointSource.open(str(plain)), chunk_size=72), tokens, ()) - expected).abs().max()
+    )
     assert difference < 1e-4 if name.startswith("dynamic") else difference > 0.1
 
 
@@ -78,19 +98,21 @@ def test_dynamic_equals_transformers_token_by_token(tmp_path: Path) -> None:
     assert float((at_once[trained:] - expected[trained:]).abs().max()) > 0.05
 
 
-ROPE = st.fixed_dictionaries({
-    "rope_theta": st.sampled_from([1e4, 5e5, 1e6]),
-    "kind": st.sampled_from(["default", "linear", "llama3", "yarn", "dynamic"]),
-    "factor": st.floats(1.0, 40.0),
-    "original": st.integers(64, 8192),
-    "low": st.floats(0.5, 2.0),
-    "high": st.floats(2.5, 8.0),
-    "beta_fast": st.floats(8.0, 64.0),
-    "beta_slow": st.floats(0.5, 4.0),
-    "truncate": st.booleans(),
-    "mscales": st.one_of(st.none(), st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0))),
-    "head_dim": st.sampled_from([16, 64, 80, 128]),
-})  # fmt: skip
+ROPE = st.fixed_dictionaries(
+    {
+        "rope_theta": st.sampled_from([1e4, 5e5, 1e6]),
+        "kind": st.sampled_from(["default", "linear", "llama3", "yarn", "dynamic"]),
+        "factor": st.floats(1.0, 40.0),
+        "original": st.integers(64, 8192),
+        "low": st.floats(0.5, 2.0),
+        "high": st.floats(2.5, 8.0),
+        "beta_fast": st.floats(8.0, 64.0),
+        "beta_slow": st.floats(0.5, 4.0),
+        "truncate": st.booleans(),
+        "mscales": st.one_of(st.none(), st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0))),
+        "head_dim": st.sampled_from([16, 64, 80, 128]),
+    }
+)
 
 
 @given(ROPE)
@@ -107,7 +129,9 @@ def test_any_parameters_give_transformers_frequencies(drawn: dict[str, Any]) -> 
         scaling |= dict(zip(("mscale", "mscale_all_dim"), drawn["mscales"], strict=True)) if drawn["mscales"] else {}
     hf = hf_config("llama", rope_parameters=scaling, max_position_embeddings=16384, head_dim=drawn["head_dim"])
     config = LlamaConfig(head_dim=drawn["head_dim"], rope_parameters=dict(scaling), max_position_embeddings=16384)
-    inverse, scale = _plain_frequencies(drawn) if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    inverse, scale = (
+        _plain_frequencies(drawn) if kind == "default" else ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    )
     angles = torch.arange(200).float()[:, None] * inverse
     cos, sin = rope_tables(read_config(hf), 200)
     assert torch.allclose(cos, angles.cos() * scale, atol=2e-5)

@@ -221,10 +221,12 @@ def test_text_and_stop_strings_come_from_the_tokenizer() -> None:
 
 def test_bad_requests_are_refused_and_leave_nothing() -> None:
     scheduler = Scheduler(FakeExecutor())
-    for prompt, why in (([3] * 40, "40 tokens, the engine's max_seq_len is 40"), ([], "no tokens"),
+    for prompt, why in (([3] * 40, "40 tokens, at most 39 are accepted"), ([], "no tokens"),
                         ([3, 32], "token id 32 is outside the vocabulary of 32"), ([-1], "token id -1")):
         with pytest.raises(Refused, match=why):
             scheduler.submit(request("bad", prompt))
+    with pytest.raises(Refused, match="5 tokens, at most 4 are accepted"):
+        Scheduler(FakeExecutor(), max_input_len=4).submit(request("long", [3] * 5))
     scheduler.submit(request("a", [3]))
     with pytest.raises(Refused, match="in flight"):
         scheduler.submit(request("a", [4]))

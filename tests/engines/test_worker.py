@@ -150,7 +150,7 @@ def test_score(client: WorkerClient) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "why"), [
-    ([3] * 500, "500 tokens, the engine's max_seq_len is 400"),
+    ([3] * 500, "500 tokens, at most 399 are accepted"),
     ([], "no tokens"), ([5000], "token id 5000"), ("ab\ud800", "not valid Unicode at character 2"),
     ([{"role": "user"}], r"messages\[0\] is malformed"),
 ])

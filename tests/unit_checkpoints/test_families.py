@@ -39,13 +39,32 @@ def test_key_map_and_shapes_are_transformers(family: str, changes: dict[str, Any
 
 def test_every_field_is_read() -> None:
     hf = hf_config(
-        "mixtral", rope_theta=1e6, sliding_window=77, num_local_experts=6, num_experts_per_tok=3, rms_norm_eps=1e-6, tie_word_embeddings=True
+        "mixtral",
+        rope_theta=1e6,
+        sliding_window=77,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
     )
     assert read_config(hf) == ModelConfig(
-        architecture="MixtralForCausalLM", family="mixtral", dtype="bf16", vocab_size=131, hidden_size=64, num_layers=3,
-        num_heads=8, num_kv_heads=2, head_dim=16, intermediate_size=128, norm_epsilon=1e-6, max_position_embeddings=128,
-        rope=RopeConfig(theta=1e6), moe=MoeConfig(6, 3, 128, norm_topk_prob=True), sliding_window=77, tie_embeddings=True,
-    )  # fmt: skip
+        architecture="MixtralForCausalLM",
+        family="mixtral",
+        dtype="bf16",
+        vocab_size=131,
+        hidden_size=64,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        norm_epsilon=1e-6,
+        max_position_embeddings=128,
+        rope=RopeConfig(theta=1e6),
+        moe=MoeConfig(6, 3, 128, norm_topk_prob=True),
+        sliding_window=77,
+        tie_embeddings=True,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -53,7 +72,7 @@ def test_a_model_config_survives_json(family: str) -> None:
     scaling = {"rope_type": "yarn", "factor": 2.0, "mscale": 0.5, "mscale_all_dim": 1.0, "truncate": False}
     config = read_config(hf_config(family, rope_scaling=scaling))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(TypeError, match="unknown ModelConfig fields.*'surprise'"):
+    with pytest.raises(TypeError, match=r"unknown ModelConfig fields.*'surprise'"):
         ModelConfig.from_dict(config.to_dict() | {"surprise": 1})
 
 
@@ -80,8 +99,17 @@ def test_what_transformers_5_saves_reads_the_same(family: str, rope: dict[str, A
 def test_keys_that_are_left_out_mean_what_transformers_takes_for_them(family: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    optional = ("head_dim", "rope_theta", "tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
-                "attention_bias", "mlp_bias", "hidden_act")  # fmt: skip
+    optional = (
+        "head_dim",
+        "rope_theta",
+        "tie_word_embeddings",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+    )
     hf = {key: value for key, value in hf_config(family).items() if key not in optional}
     (tmp_path / "config.json").write_text(json.dumps(hf))
     theirs, ours = AutoConfig.from_pretrained(str(tmp_path)), read_config(hf)
@@ -91,40 +119,58 @@ def test_keys_that_are_left_out_mean_what_transformers_takes_for_them(family: st
     assert (ours.tie_embeddings, ours.qkv_bias, ours.mlp_bias) == (theirs.tie_word_embeddings, family == "qwen2", False)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not implemented"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
-    ({"attention_multiplier": 2.0}, "attention_multiplier = 2.0 is not known"),
-    ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 is not known"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but must be a positive number"),
-    ({"vocab_size": "131"}, "vocab_size is '131'"),
-    ({"hidden_size": 64.5}, "hidden_size is 64.5, but must be a whole number"),
-    ({"hidden_size": True}, "hidden_size is True"),
-    ({"rms_norm_eps": None}, "rms_norm_eps is None"),
-    ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
-    ({"num_key_value_heads": 3}, "8 attention heads are not a multiple of 3 key/value heads"),
-    ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
-    ({"head_dim": 2.5}, "head_dim is 2.5"),
-    ({"head_dim": 15}, "head_dim is 15, but must be even"),
-    ({"sliding_window": "9"}, "sliding_window is '9'"),
-    ({"rope_theta": "1e4"}, "'rope_theta' is '1e4'"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "RoPE type 'longrope' is not implemented .default, linear, dynamic"),
-    ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "RoPE type 'mrope' is not implemented"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}}, "RoPE option 'twist' = 1 is not implemented"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "RoPE type 'linear' needs 'factor', found None"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' is 0, but must be a positive number"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "'factor' is '2'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "'truncate' is 1, but must be true or false"),
-    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', but must be true or false"),
-    ({"layer_types": "full_attention"}, "layer_types is 'full_attention', but must be a list"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'original_max_position_embeddings'"),
-    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-    ({"rope_scaling": {"rope_type": {"a": 1}, "factor": 2.0}}, "RoPE type {'a': 1} is not implemented"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "RoPE option 'full_attention'"),
-    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, r"layer_types\[1\] is 'sliding_attention'"),
-    ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, r"layer_types\[1\] is 'linear_attention'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not implemented"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"attention_multiplier": 2.0}, "attention_multiplier = 2.0 is not known"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 is not known"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but must be a positive number"),
+        ({"vocab_size": "131"}, "vocab_size is '131'"),
+        ({"hidden_size": 64.5}, "hidden_size is 64.5, but must be a whole number"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
+        ({"num_key_value_heads": 3}, "8 attention heads are not a multiple of 3 key/value heads"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
+        ({"head_dim": 2.5}, "head_dim is 2.5"),
+        ({"head_dim": 15}, "head_dim is 15, but must be even"),
+        ({"sliding_window": "9"}, "sliding_window is '9'"),
+        ({"rope_theta": "1e4"}, "'rope_theta' is '1e4'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "RoPE type 'longrope' is not implemented .default, linear, dynamic",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "RoPE type 'mrope' is not implemented"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "twist": 1}},
+            "RoPE option 'twist' = 1 is not implemented",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "RoPE type 'linear' needs 'factor', found None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' is 0, but must be a positive number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "'factor' is '2'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}},
+            "'truncate' is 1, but must be true or false",
+        ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', but must be true or false"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention', but must be a list"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs 'original_max_position_embeddings'"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+        ({"rope_scaling": {"rope_type": {"a": 1}, "factor": 2.0}}, "RoPE type {'a': 1} is not implemented"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "RoPE option 'full_attention'"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            r"layer_types\[1\] is 'sliding_attention'",
+        ),
+        (
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            r"layer_types\[1\] is 'linear_attention'",
+        ),
+    ],
+)
 def test_an_option_that_is_not_implemented_is_named(changes: dict[str, Any], message: str) -> None:
     import re
 
@@ -134,7 +180,9 @@ def test_an_option_that_is_not_implemented_is_named(changes: dict[str, Any], mes
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    found = refusal(hf_config("llama", hidden_act="relu", vocab_size=-1, rope_scaling={"type": "su"}, strange=3, mlp_bias=True))
+    found = refusal(
+        hf_config("llama", hidden_act="relu", vocab_size=-1, rope_scaling={"type": "su"}, strange=3, mlp_bias=True)
+    )
     assert found.startswith("config.json (LlamaForCausalLM):")
     for part in ("hidden_act 'relu'", "vocab_size is -1", "RoPE type 'su'", "strange = 3"):
         assert part in found
@@ -142,11 +190,17 @@ def test_all_problems_are_listed_at_once() -> None:
 
 
 def test_experts_must_be_enough_for_top_k() -> None:
-    assert "num_experts_per_tok 5 is more than num_local_experts 4" in refusal(hf_config("mixtral", num_experts_per_tok=5))
-    assert "num_local_experts is None" in refusal({k: v for k, v in hf_config("mixtral").items() if k != "num_local_experts"})
+    assert "num_experts_per_tok 5 is more than num_local_experts 4" in refusal(
+        hf_config("mixtral", num_experts_per_tok=5)
+    )
+    assert "num_local_experts is None" in refusal(
+        {k: v for k, v in hf_config("mixtral").items() if k != "num_local_experts"}
+    )
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None, 7, [["LlamaForCausalLM"]], ["Qwen2MoeForCausalLM"]])
+@pytest.mark.parametrize(
+    "architectures", [["GPT2LMHeadModel"], [], None, 7, [["LlamaForCausalLM"]], ["Qwen2MoeForCausalLM"]]
+)
 def test_an_unknown_architecture_lists_the_known(architectures: Any) -> None:
     found = refusal(hf_config("llama") | {"architectures": architectures})
     assert "is not supported; supported: " + ", ".join(FAMILIES) in found
@@ -156,28 +210,47 @@ def test_another_familys_option_is_not_ignored() -> None:
     assert "mlp_bias = True is not known" in refusal(hf_config("mistral", mlp_bias=True))
     assert "num_local_experts = 4 is not known" in refusal(hf_config("llama", num_local_experts=4))
     # Switched off, an option that nobody knows changes nothing.
-    assert read_config(hf_config("mistral", mlp_bias=False, strange=None, other={})) == read_config(hf_config("mistral"))
+    assert read_config(hf_config("mistral", mlp_bias=False, strange=None, other={})) == read_config(
+        hf_config("mistral")
+    )
 
 
-@pytest.mark.parametrize(("hf", "windows"), [
-    (hf_config("llama"), [None, None, None]),
-    (hf_config("mistral", sliding_window=9), [9, 9, 9]),
-    (hf_config("mistral", sliding_window=None), [None, None, None]),
-    (hf_config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=2), [None, None, 9]),
-    (hf_config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=28), [None, None, None]),
-    (hf_config("qwen2", use_sliding_window=False, sliding_window=9, max_window_layers=0), [None, None, None]),
-    (hf_config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1,
-               layer_types=["full_attention", "sliding_attention", "sliding_attention"]), [None, 9, 9]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hf", "windows"),
+    [
+        (hf_config("llama"), [None, None, None]),
+        (hf_config("mistral", sliding_window=9), [9, 9, 9]),
+        (hf_config("mistral", sliding_window=None), [None, None, None]),
+        (hf_config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=2), [None, None, 9]),
+        (hf_config("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=28), [None, None, None]),
+        (hf_config("qwen2", use_sliding_window=False, sliding_window=9, max_window_layers=0), [None, None, None]),
+        (
+            hf_config(
+                "qwen2",
+                use_sliding_window=True,
+                sliding_window=9,
+                max_window_layers=1,
+                layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            ),
+            [None, 9, 9],
+        ),
+    ],
+)
 def test_which_layers_have_the_window(hf: dict[str, Any], windows: list[int | None]) -> None:
     config = read_config(hf)
     assert [config.window(layer) for layer in range(3)] == windows
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), [
-    ("torch_dtype", "bfloat16", "bf16"), ("torch_dtype", "float16", "fp16"), ("torch_dtype", "float32", "fp16"),
-    ("torch_dtype", None, "bf16"), ("dtype", "float16", "fp16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("torch_dtype", "bfloat16", "bf16"),
+        ("torch_dtype", "float16", "fp16"),
+        ("torch_dtype", "float32", "fp16"),
+        ("torch_dtype", None, "bf16"),
+        ("dtype", "float16", "fp16"),
+    ],
+)
 def test_the_16_bit_type(key: str, value: str | None, expected: str) -> None:
     hf = {k: v for k, v in hf_config("llama").items() if k != "torch_dtype"}
     assert read_config(hf | {key: value}).dtype == expected
@@ -185,7 +258,10 @@ def test_the_16_bit_type(key: str, value: str | None, expected: str) -> None:
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(allow_nan=False), st.text(max_size=4)),
-    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(st.sampled_from(["rope_type", "type", "factor"]), inner, max_size=2)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.sampled_from(["rope_type", "type", "factor"]), inner, max_size=2),
+    ),
     max_leaves=4,
 )
 

@@ -17,23 +17,32 @@ from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.errors import Refused
 
 
-@pytest.mark.parametrize(("asked", "found"), [
-    ((1, 1, None, None), Layout(1, 1, 1, 1)), ((4, 2, None, None), Layout(4, 2, 4, 1)), ((4, 1, 2, None), Layout(4, 1, 2, 2)),
-    ((4, 1, None, 4), Layout(4, 1, 1, 4)), ((4, 1, 2, 2), Layout(4, 1, 2, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ((1, 1, None, None), Layout(1, 1, 1, 1)),
+        ((4, 2, None, None), Layout(4, 2, 4, 1)),
+        ((4, 1, 2, None), Layout(4, 1, 2, 2)),
+        ((4, 1, None, 4), Layout(4, 1, 1, 4)),
+        ((4, 1, 2, 2), Layout(4, 1, 2, 2)),
+    ],
+)
 def test_what_is_not_given_follows(asked: tuple[int, int, int | None, int | None], found: Layout) -> None:
     assert Layout.resolve(*asked) == found
 
 
-@pytest.mark.parametrize(("asked", "message"), [
-    ((4, 1, 2, 4), "--moe-tp 2 x --moe-ep 4 is 8, but must equal --tp 4"),
-    ((4, 1, 3, None), "--moe-tp 3 x --moe-ep 1 is 3, but must equal --tp 4"),
-    ((4, 1, None, 3), "--moe-ep 3 is 3, but must equal --tp 4"),
-    ((0, 1, None, None), "--tp 0: must be at least 1"),
-    ((1, -1, None, None), "--pp -1: must be at least 1"),
-    ((2, 1, 0, None), "--moe-tp 0: must be at least 1"),
-    ((2, 1, None, 0), "--moe-ep 0: must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((4, 1, 2, 4), "--moe-tp 2 x --moe-ep 4 is 8, but must equal --tp 4"),
+        ((4, 1, 3, None), "--moe-tp 3 x --moe-ep 1 is 3, but must equal --tp 4"),
+        ((4, 1, None, 3), "--moe-ep 3 is 3, but must equal --tp 4"),
+        ((0, 1, None, None), "--tp 0: must be at least 1"),
+        ((1, -1, None, None), "--pp -1: must be at least 1"),
+        ((2, 1, 0, None), "--moe-tp 0: must be at least 1"),
+        ((2, 1, None, 0), "--moe-ep 0: must be at least 1"),
+    ],
+)
 def test_sizes_that_do_not_multiply_are_refused(asked: tuple[int, int, int | None, int | None], message: str) -> None:
     with pytest.raises(Refused, match=message) as refusal:
         Layout.resolve(*asked)
@@ -47,7 +56,9 @@ def refusal_of(layout: Layout, family: str, **changes: Any) -> str:
 
 
 def test_check_lists_every_problem() -> None:
-    message = refusal_of(Layout.resolve(6, 4), "llama", num_attention_heads=20, num_key_value_heads=4, intermediate_size=100)
+    message = refusal_of(
+        Layout.resolve(6, 4), "llama", num_attention_heads=20, num_key_value_heads=4, intermediate_size=100
+    )
     assert message.startswith("layout tp 6, pp 4, moe-tp 6, moe-ep 1:")
     assert message.split("\n  - ")[1:] == [
         "20 attention heads are not divisible by --tp 6",
@@ -101,9 +112,15 @@ def test_vocabulary_is_padded_to_the_next_multiple(vocab: int, tp: int) -> None:
     assert rows == list(range(padded))
 
 
-@pytest.mark.parametrize(("tp", "kv_heads", "expected"), [
-    (8, 4, [[0], [0], [1], [1], [2], [2], [3], [3]]), (4, 1, [[0]] * 4), (2, 4, [[0, 1], [2, 3]]), (4, 4, [[0], [1], [2], [3]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tp", "kv_heads", "expected"),
+    [
+        (8, 4, [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (4, 1, [[0]] * 4),
+        (2, 4, [[0, 1], [2, 3]]),
+        (4, 4, [[0], [1], [2], [3]]),
+    ],
+)
 def test_kv_heads(tp: int, kv_heads: int, expected: list[list[int]]) -> None:
     assert [rank.kv_heads(kv_heads) for rank in Layout.resolve(tp).ranks()] == expected
 
@@ -115,8 +132,12 @@ def test_int4_group_shrinks_with_the_slice(tp: int, group: int) -> None:
     plan = plan_rank(config, Layout.resolve(tp).rank(0), Precision("int4", "fp16"))
     groups = {linear.name.removeprefix("transformer.layers.0."): linear.group_size for linear in plan.linears[:5]}
     assert groups == {
-        "attention.qkv": 128, "attention.dense": 128, "mlp.fc": 128, "mlp.gate": 128, "mlp.proj": group,
-    }  # fmt: skip
+        "attention.qkv": 128,
+        "attention.dense": 128,
+        "mlp.fc": 128,
+        "mlp.gate": 128,
+        "mlp.proj": group,
+    }
     shapes = {spec.name: (spec.dtype, spec.shape) for spec in plan.tensors()}
     assert shapes["transformer.layers.0.mlp.proj.weight"] == ("U8", (256, 128 // tp // 2))
     assert shapes["transformer.layers.0.mlp.proj.weights_scaling_factor"] == ("F16", (256, 128 // tp // group))
@@ -136,10 +157,20 @@ def test_router_norms_embedding_and_head_are_never_quantized(family: str, precis
     plan = plan_rank(config, Layout.resolve(2).rank(1), Precision.resolve(precision, "fp16"))
     dtypes = {spec.name: spec.dtype for spec in plan.tensors()}
     plain = "BF16" if precision == "bf16" else "F16"
-    kept = {name: dtype for name, dtype in dtypes.items() if name.endswith(("norm.weight", "ln_f.weight", "embedding.weight", "lm_head.weight"))}
+    kept = {
+        name: dtype
+        for name, dtype in dtypes.items()
+        if name.endswith(("norm.weight", "ln_f.weight", "embedding.weight", "lm_head.weight"))
+    }
     assert len(kept) == 3 * 2 + 3
     assert set(kept.values()) == {plain}
     assert {dtype for name, dtype in dtypes.items() if "router" in name} == ({"F32"} if family == "mixtral" else set())
-    assert {dtype for name, dtype in dtypes.items() if name.endswith(".bias")} == ({plain} if family == "qwen2" else set())
-    linear = {dtype for name, dtype in dtypes.items() if name.endswith(("qkv.weight", "dense.weight", "fc.weight", "proj.weight"))}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith(".bias")} == (
+        {plain} if family == "qwen2" else set()
+    )
+    linear = {
+        dtype
+        for name, dtype in dtypes.items()
+        if name.endswith(("qkv.weight", "dense.weight", "fc.weight", "proj.weight"))
+    }
     assert linear == {{"bf16": "BF16", "fp16": "F16", "int8": "I8", "int4": "U8", "fp8": "F8_E4M3"}[precision]}

@@ -12,10 +12,11 @@ from safetensors import safe_open
 
 from trtbuild.checkpoints.convert import convert
 from trtbuild.checkpoints.layout import Layout
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.source import CheckpointSource
 
 CASES = sorted(file.stem for file in ORACLE.glob("*.json"))
+PRECISIONS: dict[str, PrecisionName] = {"bfloat16": "bf16", "float16": "fp16"}
 DTYPE_NAMES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 # What 1.x has otherwise: the HF architecture's name, gone keys, and defaults that it fills in when it reads.
 GONE_IN_1X = {"share_embedding_table", "residual_mlp", "disable_weight_only_quant_plugin"}
@@ -37,7 +38,7 @@ def test_rank_files_have_upstreams_bytes(name: str, workers: int, tmp_path: Path
     case = read_case(name)
     source = CheckpointSource.open(str(ORACLE / "checkpoints" / case["hf_ckpt"]))
     layout = Layout.resolve(case["tp"], case["pp"], case["moe_tp"], case["moe_ep"])
-    precision = Precision.resolve({"bfloat16": "bf16", "float16": "fp16"}[case["dtype"]], source.config.dtype)
+    precision = Precision.resolve(PRECISIONS[case["dtype"]], source.config.dtype)
     convert(source, tmp_path / "out", layout, precision, workers=workers)
 
     expected = {
@@ -52,7 +53,9 @@ def test_rank_files_have_upstreams_bytes(name: str, workers: int, tmp_path: Path
                 tensor = file.get_tensor(tensor_name)
                 found[rank, tensor_name] = (DTYPE_NAMES[str(tensor.dtype)], tuple(tensor.shape), sha256(tensor))
     assert found == expected
-    assert sorted(file.name for file in (tmp_path / "out").glob("rank*")) == [f"rank{r}.safetensors" for r in range(layout.world_size)]
+    assert sorted(file.name for file in (tmp_path / "out").glob("rank*")) == [
+        f"rank{r}.safetensors" for r in range(layout.world_size)
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,7 +63,7 @@ def test_config_says_what_upstreams_says(name: str, tmp_path: Path) -> None:
     case = read_case(name)
     source = CheckpointSource.open(str(ORACLE / "checkpoints" / case["hf_ckpt"]))
     layout = Layout.resolve(case["tp"], case["pp"], case["moe_tp"], case["moe_ep"])
-    precision = Precision.resolve({"bfloat16": "bf16", "float16": "fp16"}[case["dtype"]], source.config.dtype)
+    precision = Precision.resolve(PRECISIONS[case["dtype"]], source.config.dtype)
     convert(source, tmp_path / "out", layout, precision)
     found, upstream = json.loads((tmp_path / "out" / "config.json").read_text()), case["config"]
 

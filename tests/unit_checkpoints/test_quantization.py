@@ -38,7 +38,9 @@ def weight_of(seed: int, magnitude: float, rows: int = 6, columns: int = 64) -> 
 def test_nibbles_pack_low_first_and_back(values: list[int]) -> None:
     packed = pack_int4(torch.tensor([values], dtype=torch.int8))
     assert packed.dtype == torch.uint8
-    assert packed[0].tolist() == [(low & 15) + 16 * (high & 15) for low, high in zip(values[::2], values[1::2], strict=True)]
+    assert packed[0].tolist() == [
+        (low & 15) + 16 * (high & 15) for low, high in zip(values[::2], values[1::2], strict=True)
+    ]
     assert unpack_int4(packed)[0].tolist() == values
 
 
@@ -75,7 +77,7 @@ def test_int4_is_within_half_a_step_of_each_group(seed: int, magnitude: float, g
     quantized = quantize_int4(weight, group, dtype)
     assert quantized.scales.dtype == dtype
     assert quantized.scales.shape == (6, 64 // group)
-    assert -8 <= int(quantized.values.min())
+    assert int(quantized.values.min()) >= -8
     assert int(quantized.values.max()) <= 7
     scales = quantized.scales.float().repeat_interleave(group, 1)
     assert torch.equal(quantized.dequantize(), quantized.values.float() * scales)
@@ -106,7 +108,11 @@ def test_fp8_saturates_and_never_overflows_to_nan() -> None:
 
 def test_an_all_zero_matrix_has_unit_scales() -> None:
     zero = torch.zeros(4, 32, dtype=torch.bfloat16)
-    for quantized in (quantize_int8(zero, zero.amax(1)), quantize_int4(zero, 16, torch.float16), quantize_fp8(zero, 0.0)):
+    for quantized in (
+        quantize_int8(zero, zero.amax(1)),
+        quantize_int4(zero, 16, torch.float16),
+        quantize_fp8(zero, 0.0),
+    ):
         assert quantized.scales.float().unique().tolist() == [1.0]
         assert quantized.dequantize().count_nonzero() == 0
     assert fp8_scale(0.0) == 1.0
@@ -120,7 +126,9 @@ def test_dequantize_takes_scales_of_a_tensor_a_row_or_a_group(scales: torch.Tens
 
 def test_one_row_has_one_scale() -> None:
     """[1] is both a tensor's and a single row's scale."""
-    assert QuantizedWeight(torch.tensor([[2, 4]], dtype=torch.int8), torch.tensor([0.25])).dequantize().tolist() == [[0.5, 1.0]]
+    assert QuantizedWeight(torch.tensor([[2, 4]], dtype=torch.int8), torch.tensor([0.25])).dequantize().tolist() == [
+        [0.5, 1.0]
+    ]
 
 
 @given(st.integers(1, 4096))
@@ -129,7 +137,9 @@ def test_int4_takes_the_largest_group_that_divides(width: int) -> None:
     if fitting:
         assert int4_group(width, "x") == max(fitting)
     else:
-        with pytest.raises(Refused, match=rf"input of layers\.7\.mlp\.proj is {width} wide .*--tp.*--moe-ep.*int8") as refusal:
+        with pytest.raises(
+            Refused, match=rf"input of layers\.7\.mlp\.proj is {width} wide .*--tp.*--moe-ep.*int8"
+        ) as refusal:
             int4_group(width, "layers.7.mlp.proj")
         assert refusal.value.exit_code == 3
 

@@ -54,7 +54,9 @@ def upstream_rank(weights: Weights, config: dict[str, Any], layout: Layout, rank
             moe = f"{source}block_sparse_moe."
             result[f"{name}mlp.router.weight"] = weights[f"{moe}gate.weight"].float()
             w1, w2, w3 = (
-                torch.stack([weights[f"{moe}experts.{expert}.{part}.weight"] for expert in range(config["num_local_experts"])])
+                torch.stack(
+                    [weights[f"{moe}experts.{expert}.{part}.weight"] for expert in range(config["num_local_experts"])]
+                )
                 for part in ("w1", "w2", "w3")
             )
             halves = [w.chunk(layout.moe_tp, 1)[moe_tp_rank].chunk(layout.moe_ep)[moe_ep_rank] for w in (w3, w1)]
@@ -62,7 +64,9 @@ def upstream_rank(weights: Weights, config: dict[str, Any], layout: Layout, rank
             result[f"{name}mlp.proj.weight"] = w2.chunk(layout.moe_tp, 2)[moe_tp_rank].chunk(layout.moe_ep)[moe_ep_rank]
             continue
         for target, part in (("fc", "gate"), ("gate", "up"), ("proj", "down")):
-            result[f"{name}mlp.{target}.weight"] = weights[f"{source}mlp.{part}_proj.weight"].chunk(tp, int(part == "down"))[tp_rank]
+            result[f"{name}mlp.{target}.weight"] = weights[f"{source}mlp.{part}_proj.weight"].chunk(
+                tp, int(part == "down")
+            )[tp_rank]
             if f"{source}mlp.{part}_proj.bias" in weights:
                 bias = weights[f"{source}mlp.{part}_proj.bias"]
                 result[f"{name}mlp.{target}.bias"] = bias if part == "down" else bias.chunk(tp)[tp_rank]
@@ -86,7 +90,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("family", "changes", "sizes"), CASES)
-def test_rank_files_follow_upstreams_rules(family: str, changes: dict[str, Any], sizes: tuple[int, ...], tmp_path: Path) -> None:
+def test_rank_files_follow_upstreams_rules(
+    family: str, changes: dict[str, Any], sizes: tuple[int, ...], tmp_path: Path
+) -> None:
     config = hf_config(family, **changes)
     weights = random_weights(config)
     source = CheckpointSource.open(str(save_checkpoint(tmp_path / "hf", config, weights, shards=3)))
@@ -159,7 +165,9 @@ def test_tied_embeddings_are_written_twice(repeated: bool, tmp_path: Path) -> No
     assert torch.equal(rank["lm_head.weight"], weights["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [("float32", "fp16"), ("float32", "bf16"), ("float16", "bf16"), ("bfloat16", "fp16")])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "fp16"), ("float32", "bf16"), ("float16", "bf16"), ("bfloat16", "fp16")]
+)
 def test_weights_are_rounded_once_to_the_16_bit_type(stored: str, wanted: str, tmp_path: Path) -> None:
     config = hf_config("mixtral", torch_dtype=stored)
     weights = random_weights(config, dtype=getattr(torch, stored))

@@ -8,6 +8,7 @@ import torch
 from helpers import hf_config, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reassembly import dequantized, reassemble
 
 from trtbuild.checkpoints.families import family_of, read_config
 from trtbuild.checkpoints.layout import Layout
@@ -41,93 +42,6 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], Layout]:
     if family == "llama":
         changes |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
     return hf_config(family, **changes), Layout.resolve(tp, pp, None, moe_ep)
-
-
-def reassemble(ranks: list[Weights], hf: dict[str, Any], layout: Layout) -> Weights:
-    """The checkpoint's tensors from the ranks' ones; asserts that every copy of a replicated part is the same."""
-    result: Weights = {}
-
-    def put(name: str, tensor: torch.Tensor) -> None:
-        assert name not in result or torch.equal(result[name], tensor), name
-        result[name] = tensor
-
-    def stage(number: int) -> list[Weights]:
-        return ranks[number * layout.tp : (number + 1) * layout.tp]
-
-    head_dim, q_heads, kv_heads = hf["head_dim"], hf["num_attention_heads"], hf["num_key_value_heads"]
-    for rank in stage(0):
-        put("model.embed_tokens.weight", rank["transformer.vocab_embedding.weight"])
-    for rank in stage(layout.pp - 1):
-        put("model.norm.weight", rank["transformer.ln_f.weight"])
-    head = torch.cat([rank["lm_head.weight"] for rank in stage(layout.pp - 1)])
-    assert len(head) % layout.tp == 0
-    assert len(head) - hf["vocab_size"] < layout.tp
-    assert head[hf["vocab_size"] :].count_nonzero() == 0
-    put("model.embed_tokens.weight" if hf["tie_word_embeddings"] else "lm_head.weight", head[: hf["vocab_size"]])
-
-    layer = 0
-    for number in range(layout.pp):
-        group = stage(number)
-        local = 0
-        while f"transformer.layers.{local}.attention.qkv.weight" in group[0]:
-            name, source = f"transformer.layers.{local}.", f"model.layers.{layer}."
-            for rank in group:
-                put(f"{source}input_layernorm.weight", rank[f"{name}input_layernorm.weight"])
-                put(f"{source}post_attention_layernorm.weight", rank[f"{name}post_layernorm.weight"])
-            for kind in ("weight", "bias"):
-                if f"{name}attention.qkv.{kind}" in group[0]:
-                    _split_qkv([rank[f"{name}attention.qkv.{kind}"] for rank in group], kind, source, put, (q_heads, kv_heads, head_dim))
-            put(f"{source}self_attn.o_proj.weight", torch.cat([rank[f"{name}attention.dense.weight"] for rank in group], 1))
-            if f"{name}attention.dense.bias" in group[0]:
-                for rank in group:
-                    put(f"{source}self_attn.o_proj.bias", rank[f"{name}attention.dense.bias"])
-            (_join_experts if "num_local_experts" in hf else _join_mlp)(group, name, source, put, layout)
-            local, layer = local + 1, layer + 1
-    assert layer == hf["num_hidden_layers"]
-    return result
-
-
-def _split_qkv(parts: list[torch.Tensor], kind: str, source: str, put: Any, sizes: tuple[int, int, int]) -> None:
-    q_heads, kv_heads, head_dim = sizes
-    tp = len(parts)
-    rank_q, rank_kv = q_heads // tp, max(1, kv_heads // tp)
-    split = [part.unflatten(0, (-1, head_dim)).split([rank_q, rank_kv, rank_kv]) for part in parts]
-    copies = max(1, tp // kv_heads)
-    for letter, index in (("q", 0), ("k", 1), ("v", 2)):
-        heads = torch.cat([found[index] for found in split])
-        if index:
-            grouped = heads.unflatten(0, (kv_heads, copies))
-            assert torch.equal(grouped, grouped[:, :1].expand_as(grouped))
-            heads = grouped[:, 0]
-        put(f"{source}self_attn.{letter}_proj.{kind}", heads.flatten(0, 1))
-
-
-def _join_mlp(group: list[Weights], name: str, source: str, put: Any, layout: Layout) -> None:
-    del layout
-    for target, part in (("fc", "gate"), ("gate", "up"), ("proj", "down")):
-        put(f"{source}mlp.{part}_proj.weight", torch.cat([rank[f"{name}mlp.{target}.weight"] for rank in group], int(part == "down")))
-        biases = [rank[f"{name}mlp.{target}.bias"] for rank in group if f"{name}mlp.{target}.bias" in rank]
-        if biases and part == "down":
-            for bias in biases:
-                put(f"{source}mlp.down_proj.bias", bias)
-        elif biases:
-            put(f"{source}mlp.{part}_proj.bias", torch.cat(biases))
-
-
-def _join_experts(group: list[Weights], name: str, source: str, put: Any, layout: Layout) -> None:
-    moe = f"{source}block_sparse_moe."
-    for rank in group:
-        put(f"{moe}gate.weight", rank[f"{name}mlp.router.weight"].bfloat16())
-    experts_per_rank = len(group[0][f"{name}mlp.proj.weight"])
-    for ep in range(layout.moe_ep):
-        # The ranks of one expert group are moe_ep apart.
-        members = group[ep :: layout.moe_ep]
-        for index in range(experts_per_rank):
-            expert = f"{moe}experts.{ep * experts_per_rank + index}."
-            halves = [rank[f"{name}mlp.fc.weight"][index].chunk(2) for rank in members]
-            put(f"{expert}w3.weight", torch.cat([up for up, _ in halves]))
-            put(f"{expert}w1.weight", torch.cat([gate for _, gate in halves]))
-            put(f"{expert}w2.weight", torch.cat([rank[f"{name}mlp.proj.weight"][index] for rank in members], 1))
 
 
 def shards(hf: dict[str, Any], weights: Weights, layout: Layout, precision: Precision) -> list[Weights]:
@@ -169,32 +83,6 @@ def test_check_refuses_exactly_what_cannot_be_cut(model: tuple[dict[str, Any], L
         assert fits
 
 
-def dequantized(ranks: list[Weights], precision: PrecisionName) -> list[Weights]:
-    """Every quantized matrix as float32, by code of the test's own."""
-    result = []
-    for rank in ranks:
-        plain = {}
-        for name, tensor in rank.items():
-            stem = name.removesuffix(".weight")
-            if name.endswith(("scaling_factor", "per_channel_scale")):
-                continue
-            if precision == "int8" and f"{stem}.per_channel_scale" in rank:
-                plain[name] = tensor.float() * rank[f"{stem}.per_channel_scale"].unsqueeze(-1)
-            elif precision == "fp8" and f"{stem}.weights_scaling_factor" in rank:
-                scale = rank[f"{stem}.weights_scaling_factor"]
-                plain[name] = tensor.float() * (scale.unsqueeze(-1) if tensor.dim() == 3 else scale)
-            elif f"{stem}.weights_scaling_factor" in rank:
-                low, high = tensor.int() & 15, tensor.int() >> 4
-                values = torch.stack([low, high], -1).flatten(-2)
-                values = torch.where(values > 7, values - 16, values).float()
-                scale = rank[f"{stem}.weights_scaling_factor"].float()
-                plain[name] = values * scale.repeat_interleave(values.shape[-1] // scale.shape[-1], -1)
-            else:
-                plain[name] = tensor
-        result.append(plain)
-    return result
-
-
 QUANTIZED = st.sampled_from([
     ("llama", (2,)), ("llama", (4, 2)), ("llama", (8,)), ("qwen2", (2, 3)), ("mistral", (4,)),
     ("mixtral", (4, 1, 2, 2)), ("mixtral", (4, 1, 1, 4)), ("mixtral", (2, 1, 2, 1)),
@@ -208,7 +96,9 @@ def test_a_quantized_model_is_the_same_in_every_layout(
 ) -> None:
     family, sizes = model
     # A rank's input is a multiple of 128 at every tp, so that the int4 group is the same.
-    hf = hf_config(family, hidden_size=128, num_attention_heads=8, head_dim=128, intermediate_size=1024, num_hidden_layers=3)
+    hf = hf_config(
+        family, hidden_size=128, num_attention_heads=8, head_dim=128, intermediate_size=1024, num_hidden_layers=3
+    )
     if family == "mixtral":
         hf |= {"intermediate_size": 256, "num_hidden_layers": 1}
     weights = random_weights(hf, seed)

@@ -278,15 +278,15 @@ def _rope_problems(hf: HfConfig) -> Iterator[str]:
         if settings.get(key) is None:
             yield f"RoPE type {kind!r} needs {key!r}, found {settings.get(key)!r}"
     for key in sorted(set(settings) & set(_ROPE_KEYS)):
-        value, allowed = settings[key], "true or false" if key == "truncate" else "a positive number"
-        is_right = isinstance(value, bool) if key == "truncate" else _is_positive(value) or key.startswith("mscale") and value == 0
-        if value is not None and not is_right:
-            yield f"RoPE option {key!r} is {value!r}, but must be {allowed}"
+        value, is_flag = settings[key], key == "truncate"
+        is_right = isinstance(value, bool) if is_flag else _is_positive(value)
+        if value is not None and not is_right and not (key.startswith("mscale") and value == 0):
+            yield f"RoPE option {key!r} is {value!r}, but must be {'true or false' if is_flag else 'a positive number'}"
     for key in sorted(set(settings) - set(_ROPE_KEYS)):
         yield f"RoPE option {key!r} = {settings[key]!r} is not implemented"
 
 
 def _read_rope(hf: HfConfig, family: Family) -> RopeConfig:
-    settings = {"rope_theta": family.default_theta} | _rope_settings(hf)
+    settings: dict[str, Any] = {"rope_theta": family.default_theta, **_rope_settings(hf)}
     fields = {_ROPE_KEYS[key]: value for key, value in settings.items() if key in _ROPE_KEYS and value is not None}
     return RopeConfig(type=settings["rope_type"], **fields)

@@ -34,7 +34,7 @@ class QuantizedWeight:
 def quantize_int8(weight: torch.Tensor, row_amax: torch.Tensor) -> QuantizedWeight:
     """Per-output-channel int8; `row_amax` [out] is over the source's whole rows, scales are float32 [out]."""
     scales = _nonzero(row_amax.float() / INT8_MAX)
-    values = torch.round(weight.float() / scales[:, None]).clamp_(-INT8_MAX, INT8_MAX)
+    values = (weight.float() / scales[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
     return QuantizedWeight(values.to(torch.int8), scales)
 
 
@@ -45,7 +45,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int, scale_dtype: torch.dtyp
     """
     groups = weight.float().unflatten(1, (-1, group_size))
     scales = _nonzero((groups.abs().amax(-1) / INT4_MAX).to(scale_dtype))
-    values = torch.round(groups / scales.float().unsqueeze(-1)).clamp_(-8, 7)
+    values = (groups / scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
     return QuantizedWeight(values.flatten(1).to(torch.int8), scales)
 
 

@@ -113,6 +113,12 @@ class RankCheckpoint:
                 "convert it again with --force"
             )
         checkpoint = cls(directory, authority)
+        try:
+            _ = checkpoint.plans
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{directory / AUTHORITY} is damaged ({error!r}); convert it again with --force"
+            ) from error
         for rank in range(checkpoint.layout.world_size):
             checkpoint._check_rank(rank)
         return checkpoint

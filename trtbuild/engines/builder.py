@@ -10,16 +10,16 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.bindings import WeightReader
 from trtbuild.engines.plan_record import PlanRecord
 from trtbuild.engines.plan_tasks import BuildOptions, PlanTask, plan_tasks
-from trtbuild.errors import EngineBuildError
+from trtbuild.errors import EngineBuildError, TrtBuildError
 
 # Opens one rank's weights in a build process: must pickle (a module-level function, or a partial of one).
 ReaderFactory = Callable[[int], WeightReader]
@@ -78,36 +78,59 @@ def finished(task: PlanTask, directory: Path) -> PlanRecord | None:
 def _build(
     tasks: Sequence[PlanTask], directory: Path, open_reader: ReaderFactory | None, workers: int
 ) -> Iterator[PlanRecord]:
-    """Records in the order in which the builds end."""
-    if not tasks:
-        return
+    """Records in the order in which the builds end; the first failure ends the others."""
     if workers == 0:
         for task in tasks:
             yield build_one(task, directory, open_reader)
         return
-    context = multiprocessing.get_context("spawn")
-    # A process for each plan: the builder keeps memory, and a crash of it must not take others along.
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, max_tasks_per_child=1) as pool:
-        pending: dict[Future[PlanRecord], PlanTask] = {pool.submit(build_one, task, directory, open_reader): task for task in tasks}
-        try:
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    task = pending.pop(future)
-                    yield _result(future, task)
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _result(future: Future[PlanRecord], task: PlanTask) -> PlanRecord:
+    waiting, running = list(tasks), dict[Connection, _Child]()
     try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise EngineBuildError(
-            f"the process that compiled plan {task.name} (or one beside it) died: out of memory, or a crash inside "
-            "TensorRT-RTX; fewer --workers or a smaller --segment-layers need less memory, finished plans are kept"
-        ) from error
+        while waiting or running:
+            while waiting and len(running) < workers:
+                child = _Child(waiting.pop(0), directory, open_reader)
+                running[child.connection] = child
+            for ready in wait(list(running)):
+                yield running.pop(cast("Connection", ready)).result()
+    finally:
+        for child in running.values():
+            child.process.terminate()
+            child.process.join()
+
+
+class _Child:
+    """The process of one plan: the builder keeps memory, and a crash of it must not take anything along."""
+
+    def __init__(self, task: PlanTask, directory: Path, open_reader: ReaderFactory | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.task = task
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_child_main, args=(theirs, task, directory, open_reader), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def result(self) -> PlanRecord:
+        """The record; raises what the child raised, or `EngineBuildError` where it died without a word."""
+        try:
+            outcome = self.connection.recv()
+        except EOFError:
+            outcome = None
+        self.process.join()
+        if isinstance(outcome, TrtBuildError):
+            raise outcome
+        if outcome is None:
+            raise EngineBuildError(
+                f"the process that compiled plan {self.task.name} died (exit code {self.process.exitcode}): out of "
+                "memory, or a crash inside TensorRT-RTX; fewer --workers or a smaller --segment-layers need less "
+                "memory, and the plans that are finished are kept"
+            )
+        return outcome
+
+
+def _child_main(connection: Connection, task: PlanTask, directory: Path, open_reader: ReaderFactory | None) -> None:
+    try:
+        connection.send(build_one(task, directory, open_reader))
+    except TrtBuildError as error:
+        connection.send(error)
 
 
 def build_one(task: PlanTask, directory: Path, open_reader: ReaderFactory | None) -> PlanRecord:
@@ -129,6 +152,6 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -102,18 +102,20 @@ def _run_layer(
     """One layer over hidden [sequences, length, H]: its output, and what its linear layers saw."""
     config = source.config
     weights = _layer_weights(source, layer, hidden)
-    amax: dict[str, float] = {}
+    amax: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
 
     def observe(linear: Linear, expert: int | None, x: torch.Tensor) -> None:
-        amax[linear.global_name] = max(amax.get(linear.global_name, 0.0), float(x.abs().max()))
+        largest = x.abs().max().float()
+        # torch.maximum keeps a NaN, Python's max would lose it.
+        amax[linear.global_name] = torch.maximum(amax.get(linear.global_name, largest), largest)
 
     def observe_routing(name: str, tokens: torch.Tensor) -> None:
         counts[name] = counts.get(name, torch.zeros_like(tokens)) + tokens
 
     outputs = [_run_batch(config, weights, batch, observe, observe_routing) for batch in hidden.split(_BATCH)]
     routed = tuple(int(n) for n in next(iter(counts.values()))) if counts else ()
-    ranges = {name: ActivationRange(value, routed if ".mlp." in name else ()) for name, value in amax.items()}
+    ranges = {name: ActivationRange(float(value), routed if ".mlp." in name else ()) for name, value in amax.items()}
     broken = [name for name, found in ranges.items() if not found.amax < float("inf")]
     if broken:
         raise CheckpointError(

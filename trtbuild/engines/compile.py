@@ -55,7 +55,8 @@ class Job:
         layout.check(config)
         precision = Precision.resolve(recipe.precision, config.dtype)
         refuse_all("recipe", _problems(recipe, config))
-        job = cls(recipe, source, layout, precision, _limits(recipe, config), resolve_targets(recipe.target, precision))
+        targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
+        job = cls(recipe, source, layout, precision, _limits(recipe, config), targets)
         _ = job.plans
         return job
 

@@ -11,6 +11,8 @@ import click
 
 from trtbuild.engines.launch import start_worker
 from trtbuild.engines.request import RequestOutput, SamplingParams
+from trtbuild.errors import TrtBuildError
+from trtbuild.progress import ProgressFactory, no_progress
 
 
 def generate(
@@ -22,12 +24,16 @@ def generate(
     dtype: str | None = None,
     threads: int | None = None,
     as_json: bool = False,
+    progress: ProgressFactory = no_progress,
 ) -> RequestOutput:
     """Start a worker, stream the answer to stdout, and say on stderr which executor made it and how fast.
 
-    With `chat` the prompt is a user's message and the tokenizer's chat template is applied.
+    With `chat` the prompt is a user's message and the tokenizer's chat template is applied. Raises TrtBuildError with
+    the scheduler's reason where the answer ends in an error.
     """
-    with start_worker(engine_dir, slots=1, dtype=dtype, threads=threads) as worker, worker.connect() as client:
+    with progress(f"loading {engine_dir.name}", 1):
+        started_worker = start_worker(engine_dir, slots=1, dtype=dtype, threads=threads)
+    with started_worker as worker, worker.connect() as client:
         started = time.monotonic()
         first_token = None
         output = RequestOutput("generate")
@@ -37,8 +43,13 @@ def generate(
             if not as_json:
                 click.echo(event.text, nl=False)
         record = _measure(worker.hello, output, started, first_token or started)
+    if output.error:
+        raise TrtBuildError(f"{engine_dir.name}: {output.error}")
     if as_json:
-        click.echo(json.dumps({"text": output.text, "token_ids": list(output.token_ids), **record}))
+        answer = {"text": output.text, "token_ids": output.token_ids}
+        if params.logprobs is not None:
+            answer |= {"logprobs": output.logprobs, "top_logprobs": output.top_logprobs}
+        click.echo(json.dumps(answer | record))
     else:
         click.echo()
         click.echo(_describe(record), err=True)

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from trtbuild.engines.tensorrt_ops import Phase
 
 
-def compile_task(
-    task: PlanTask, open_reader: Callable[[int], WeightReader] | None
-) -> tuple[PlanRecord, bytes, str]:
+def compile_task(task: PlanTask, open_reader: Callable[[int], WeightReader] | None) -> tuple[PlanRecord, bytes, str]:
     """The plan's record, its bytes and the builder's log.
 
     Raises `EngineBuildError` where TensorRT fails or logs an error, `CheckFailed` where the plan is not what was asked.

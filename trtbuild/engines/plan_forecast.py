@@ -109,7 +109,11 @@ def _unpacked_bytes(plan: RankPlan, segment: Segment, form: MoeForm | None) -> i
     """
     config, precision = plan.config, plan.precision.weights
     if form is None:
-        return 2 * 2 * config.hidden_size * (config.intermediate_size // plan.layout.layout.tp) if precision == "int8" else 0
+        return (
+            2 * 2 * config.hidden_size * (config.intermediate_size // plan.layout.layout.tp)
+            if precision == "int8"
+            else 0
+        )
     moe = config.moe
     if moe is None or precision not in ("int8", "int4"):
         return 0

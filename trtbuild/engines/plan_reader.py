@@ -44,7 +44,7 @@ class Program:
 
 @dataclass(frozen=True)
 class PlanText:
-    """A plan's programs, and the builder's own figures from its INFO log: bytes of scratch for each profile, of weights."""
+    """A plan's programs, and the builder's figures from its INFO log: scratch of each profile, weights, in bytes."""
 
     programs: tuple[Program, ...]
     scratch_bytes: tuple[int, ...] = ()

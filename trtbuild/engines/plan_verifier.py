@@ -116,7 +116,10 @@ def _memory_problems(text: PlanText, expected: Expectation) -> Iterator[str]:
             )
     most = WEIGHT_TOLERANCE * expected.forecast.weights + SMALL_CONSTANTS
     if text.weight_bytes > most:
-        yield f"weights in the plan are {text.weight_bytes:,} bytes, forecast {expected.forecast.weights:,} from {expected.precision}"
+        yield (
+            f"weights in the plan are {text.weight_bytes:,} bytes, forecast {expected.forecast.weights:,} "
+            f"from {expected.precision}"
+        )
     if expected.embedded and text.weight_bytes < expected.forecast.weights / WEIGHT_TOLERANCE - SMALL_CONSTANTS:
         yield f"weights in the plan are only {text.weight_bytes:,} bytes of {expected.forecast.weights:,}"
 
@@ -144,7 +147,7 @@ def _gemm_problems(program: Program, expected: Expectation) -> Iterator[str]:
     total = len(program.gemms)
     # int8 layers that share an input become one multiply.
     if expected.precision != "int8" and total < expected.num_quantized_gemms:
-        yield f"asked for {expected.num_quantized_gemms} matrix multiplies of {expected.precision}, found {total} in all"
+        yield f"asked for {expected.num_quantized_gemms} matrix multiplies of {expected.precision}, found {total}"
 
 
 def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
@@ -155,7 +158,8 @@ def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
     if form != asked:
         yield f"asked for experts in the form {expected.moe_form or 'none'}, found {form or 'no conditional execution'}"
     elif program.num_conditional_jumps < expected.num_conditionals:
-        yield f"asked for {expected.num_conditionals} experts' branches, found {program.num_conditional_jumps} conditional jumps"
+        found = program.num_conditional_jumps
+        yield f"asked for {expected.num_conditionals} experts' branches, found {found} conditional jumps"
 
 
 def _count(program: Program) -> dict[str, int]:

@@ -90,16 +90,18 @@ class Scheduler:
     """Runs requests over `executor`.
 
     `decode_text` turns ids into text (None: events carry no text, and stop strings are refused). `chunk_size` caps
-    the prefill tokens of a step, `prefix_reuse=False` recomputes every prompt, `clock` gives seconds.
+    the prefill tokens of a step, `max_input_len` those of a prompt; `prefix_reuse=False` recomputes every prompt;
+    `clock` gives seconds.
     """
 
     def __init__(self, executor: Executor, *, eos_token_ids: Iterable[int] = (), decode_text: Decode | None = None,
-                 chunk_size: int | None = None, prefix_reuse: bool = True,
+                 chunk_size: int | None = None, max_input_len: int | None = None, prefix_reuse: bool = True,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._executor = executor
         self._eos = frozenset(eos_token_ids)
         self._decode_text = decode_text
         self._chunk_size = min(chunk_size or executor.chunk_size, executor.chunk_size)
+        self._max_input_len = min(max_input_len or executor.max_seq_len, executor.max_seq_len - 1)
         self._prefix_reuse = prefix_reuse
         self._clock = clock
         self._pool = SlotPool(executor.num_slots)
@@ -160,16 +162,19 @@ class Scheduler:
             kv_tokens_total=len(self._pool.slots) * self._executor.max_seq_len, **vars(self._counters))
 
     def _problem_of(self, request: Request) -> str | None:
-        limit, length = self._executor.max_seq_len, len(request.token_ids)
+        length = len(request.token_ids)
+        limit = self._executor.max_seq_len if request.score_only else self._max_input_len
         known = request.request_id in self._active or any(
             s.request.request_id == request.request_id for s in self._waiting)
         if known:
             return "a request of this id is in flight"
         if length == 0:
             return "the prompt has no tokens"
-        if length > (limit if request.score_only else limit - 1):
-            room = "" if request.score_only else " (one position must be left for the answer)"
-            return f"the prompt has {length} tokens, the engine's max_seq_len is {limit}{room}"
+        if length > limit:
+            return (
+                f"the prompt has {length} tokens, at most {limit} are accepted "
+                f"(the engine's max_seq_len is {self._executor.max_seq_len}, answer included)"
+            )
         vocab = self._executor.vocab_size
         bad = next((i for i in request.token_ids if not 0 <= i < vocab), None)
         if bad is not None:

@@ -56,11 +56,12 @@ class Segment:
 
 
 def default_segment_layers(plan: RankPlan) -> int:
-    """Decoder layers in a segment: at most 8, and at most 64 experts of a rank."""
+    """Decoder layers in a segment: at most 8, at most 64 experts of a rank, and at most as many as it has experts."""
     if plan.config.moe is None:
         return MAX_SEGMENT_LAYERS
     experts = len(plan.layout.experts(plan.config.moe.num_experts))
-    return max(1, min(MAX_SEGMENT_LAYERS, MAX_SEGMENT_EXPERTS // experts))
+    # Past about twice as many layers as conditional experts in each, TensorRT-RTX 1.7 finds no fused attention kernel.
+    return max(1, min(MAX_SEGMENT_LAYERS, experts, MAX_SEGMENT_EXPERTS // experts))
 
 
 def cut_into_segments(plan: RankPlan, segment_layers: int | None = None) -> list[Segment]:

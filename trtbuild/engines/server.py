@@ -63,7 +63,10 @@ class WorkerServer:
         decode = None if engine.tokenizer is None else decoder_of(engine.tokenizer)
         self._engine = engine
         self._drain_s = drain_s
-        self._scheduler = Scheduler(engine.executor, eos_token_ids=engine.eos_token_ids, decode_text=decode)
+        self._scheduler = Scheduler(
+            engine.executor, eos_token_ids=engine.eos_token_ids, decode_text=decode,
+            max_input_len=engine.passport.get("limits", {}).get("max_input_len"),
+        )
         self._loop = asyncio.get_running_loop()
         self._engine_loop = EngineLoop(
             self._scheduler, lambda events: self._from_engine(self._deliver, events))

@@ -66,7 +66,9 @@ def emit_experts(
     if num_experts is None:
         raise EngineBuildError(f"{name}.fc is no stack of experts")
     routing = _route(graph, scores, indices, num_experts)
-    outputs = {"conditional": _conditional, "routed": _routed, "dense": _dense}[form](graph, weights, x, name, routing, num_experts)
+    outputs = {"conditional": _conditional, "routed": _routed, "dense": _dense}[form](
+        graph, weights, x, name, routing, num_experts
+    )
     total: trt.ITensor | None = None
     for expert, y in enumerate(outputs):
         coefficient = graph.slice(routing.coefficients, 1, expert, 1)
@@ -169,7 +171,9 @@ def _tiles(
     tile = graph.constant(np.arange(TILE_ROWS).reshape(1, -1), np.int32)
     # Row of each place of the tile; places past the queue's end read row 0 and are never read back.
     here = graph.elementwise(offset, tile, ElementWise.EQUAL)
-    source = graph.reduce(graph.select(here, rows, graph.constant([[0]], np.int32)), trt.ReduceOperation.SUM, [0], keep=False)
+    source = graph.reduce(
+        graph.select(here, rows, graph.constant([[0]], np.int32)), trt.ReduceOperation.SUM, [0], keep=False
+    )
     y = _ffn(graph, weights, graph.gather(x, source), name, expert)
     after = graph.elementwise(offset, graph.constant([[-1]], np.int32), ElementWise.GREATER)
     before = graph.elementwise(offset, graph.constant([[TILE_ROWS]], np.int32), ElementWise.LESS)

@@ -40,6 +40,7 @@ class Graph:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], trt.ITensor] = {}
         # The network borrows the memory of constants until it is built.
         self._kept: list[Any] = []
+        self.embedded: dict[str, torch.Tensor] = {}
 
     def output_of(self, layer: Any, what: str) -> trt.ITensor:
         """The layer's first output, after checking that the layer exists and that its shape can be told."""
@@ -65,7 +66,9 @@ class Graph:
 
     def output(self, name: str, tensor: trt.ITensor) -> None:
         # A network input, or a tensor that is already an output, cannot be renamed.
-        tensor = self.output_of(self.network.add_identity(tensor), f"output {name}") if tensor.is_network_input else tensor
+        tensor = (
+            self.output_of(self.network.add_identity(tensor), f"output {name}") if tensor.is_network_input else tensor
+        )
         tensor.name = name
         self.network.mark_output(tensor)
 
@@ -84,9 +87,10 @@ class Graph:
         count = int(np.prod(shape))
         packed = 2 if dtype == "int4" else 1
         if values.numel() * packed != count:
-            raise EngineBuildError(f"weight {name}: {tuple(values.shape)} does not hold {tuple(shape)} values of {dtype}")
-        values = values.contiguous()
-        self._kept.append(values)
+            raise EngineBuildError(
+                f"weight {name}: {tuple(values.shape)} does not hold {tuple(shape)} values of {dtype}"
+            )
+        values = self.embedded[name] = values.contiguous()
         weights = trt.Weights(DATA_TYPES[dtype], values.data_ptr(), count)
         layer = self.network.add_constant(tuple(shape), weights)
         tensor = self.output_of(layer, f"the weight {name}")
@@ -126,7 +130,9 @@ class Graph:
     def unary(self, x: trt.ITensor, operation: trt.UnaryOperation) -> trt.ITensor:
         return self.output_of(self.network.add_unary(x, operation), operation.name)
 
-    def reduce(self, x: trt.ITensor, operation: trt.ReduceOperation, axes: Sequence[int], keep: bool = True) -> trt.ITensor:
+    def reduce(
+        self, x: trt.ITensor, operation: trt.ReduceOperation, axes: Sequence[int], keep: bool = True
+    ) -> trt.ITensor:
         mask = sum(1 << axis for axis in axes)
         return self.output_of(self.network.add_reduce(x, operation, mask, keep), f"reduce {operation.name}{_shapes(x)}")
 
@@ -203,7 +209,9 @@ class Graph:
     def quantize(self, x: trt.ITensor, scale: trt.ITensor, dtype: trt.DataType) -> trt.ITensor:
         return self.output_of(self.network.add_quantize(x, scale, dtype), "quantize")
 
-    def dequantize(self, x: trt.ITensor, scale: trt.ITensor, dtype: trt.DataType, axis: int | None = None) -> trt.ITensor:
+    def dequantize(
+        self, x: trt.ITensor, scale: trt.ITensor, dtype: trt.DataType, axis: int | None = None
+    ) -> trt.ITensor:
         """scale: a number, one value for each index of `axis`, or (int4) a block scale of x's rank."""
         layer = self.network.add_dequantize(x, scale, dtype)
         if layer is not None and axis is not None:

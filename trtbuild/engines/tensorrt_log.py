@@ -16,6 +16,13 @@ from trtbuild.errors import EngineBuildError
 HARMLESS_ERRORS = ("cudaError 35", "CUDA initialization failure with error: 35")
 
 
+# Errors that have a known way around.
+REMEDIES = {
+    "is_decomposable": "attention found no fused kernel; with few experts on a rank a smaller --segment-layers helps",
+    "FP32 GEMM is not supported": "a router needs a target of sm80 or newer",
+}
+
+
 class BuildLog(trt.ILogger):
     """Collects the lines of one build; `clear` begins the next."""
 
@@ -38,7 +45,9 @@ class BuildLog(trt.ILogger):
         """Raise `EngineBuildError` where an error was logged, even if the library went on."""
         if self.errors:
             shown = "\n  ".join(self.errors[:5])
-            raise EngineBuildError(f"{subject}: TensorRT logged {len(self.errors)} error(s):\n  {shown}")
+            fixes = [fix for text, fix in REMEDIES.items() if any(text in error for error in self.errors)]
+            hint = "".join(f"\n  ({fix})" for fix in fixes)
+            raise EngineBuildError(f"{subject}: TensorRT logged {len(self.errors)} error(s):\n  {shown}{hint}")
 
     def write(self, path: Path) -> None:
         path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")

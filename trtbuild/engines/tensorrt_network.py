@@ -30,7 +30,7 @@ class BuiltNetwork:
     moe_form: MoeForm | None
     limits: EngineLimits
 
-    def profiles(self) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
+    def profiles(self) -> list[dict[str, tuple[tuple[int, ...], ...]]]:
         """For each optimization profile, (min, opt, max) shapes of every input with a dynamic dimension."""
         return [self._profile(ranges) for ranges in _ranges(self.phase, self.bindings, self.limits)]
 

@@ -139,9 +139,7 @@ class TensorRTOps:
         self.bindings[f"{name}_out"] = Binding(f"{name}_out", "cache", dtype, shape, alias=name)
         return updated
 
-    def attention(
-        self, query: trt.ITensor, keys: trt.ITensor, values: trt.ITensor, window: int | None
-    ) -> trt.ITensor:
+    def attention(self, query: trt.ITensor, keys: trt.ITensor, values: trt.ITensor, window: int | None) -> trt.ITensor:
         graph = self.graph
         num_heads = query.shape[1]
         repeats = -(-FUSED_ATTENTION_HEADS // num_heads)
@@ -158,7 +156,7 @@ class TensorRTOps:
             raise EngineBuildError(f"TensorRT refused an attention layer of {query.shape[1]} heads")
         lengths = self.input("key_value_lengths")
         layer.key_value_lengths = lengths
-        if masked:
+        if masked and window is not None:
             layer.mask = self._window_mask(window)
         # A mask beside a causal kind is dropped with no more than a log line.
         if layer.key_value_lengths is None or layer.causal_kind != kind or (layer.mask is None) == masked:
@@ -211,7 +209,9 @@ class TensorRTOps:
         if self.plan.layout.layout.tp == 1:
             return x
         # TensorRT gathers along the first dimension.
-        turned = self._collective(self.graph.transpose(x, (1, 0)), trt.CollectiveOperation.ALL_GATHER, trt.ReduceOperation.NONE)
+        turned = self._collective(
+            self.graph.transpose(x, (1, 0)), trt.CollectiveOperation.ALL_GATHER, trt.ReduceOperation.NONE
+        )
         return self.graph.transpose(turned, (1, 0))
 
     def to_float32(self, x: trt.ITensor) -> trt.ITensor:
@@ -261,4 +261,3 @@ class TensorRTOps:
             if layer.num_ranks != tp:
                 raise EngineBuildError(f"TensorRT did not take {tp} ranks for a collective: {layer.num_ranks}")
         return self.graph.output_of(layer, operation.name)
-

@@ -48,7 +48,7 @@ class Weights:
         return self._read is not None
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], source: WeightSource) -> trt.ITensor:
-        """The network's tensor of one weight: an input, or a constant with its values; the same one when asked again."""
+        """The network's tensor of one weight: an input or a constant; the same one when asked again."""
         if name not in self._tensors:
             binding = Binding(name, "weight", dtype, shape, source)
             if self._read is None:
@@ -64,9 +64,7 @@ class Weights:
         spec = self.specs[name]
         return self.tensor(name, STORED_TYPES[spec.dtype], spec.shape, WeightSource("copy", (name,)))
 
-    def linear(
-        self, x: trt.ITensor, name: str, expert: int | None = None, enter: Enter | None = None
-    ) -> trt.ITensor:
+    def linear(self, x: trt.ITensor, name: str, expert: int | None = None, enter: Enter | None = None) -> trt.ITensor:
         """x [tokens, in] -> [tokens, out] in x's type; no bias.
 
         `expert` indexes a stack, counted on the rank. `enter` brings a tensor into the conditional that x is in.
@@ -84,7 +82,9 @@ class Weights:
             return self.graph.matmul(x, self.graph.dequantize(weight, scale, x.dtype, axis=1))
         if layer.precision == "int4":
             if not self.embedded:
-                raise EngineBuildError(f"{name}: int4 weights must be embedded, TensorRT-RTX unpacks int4 inputs to scratch")
+                raise EngineBuildError(
+                    f"{name}: int4 weights must be embedded, TensorRT-RTX unpacks int4 inputs to scratch"
+                )
             return self.graph.matmul(x, self._int4(name, layer, expert, x.dtype), TRANSPOSE)
         return self.graph.matmul(x, self._part(name, "weight", "copy", expert), TRANSPOSE)
 

@@ -1,7 +1,8 @@
 """Rank tensors prepared for the reference executor: one torch tensor per weight, with the scales around it.
 
-Quantized layers keep the arithmetic that the TensorRT network has, so that what is compiled is what was checked:
-fp8 and int8 multiply the stored values and scale the product, int4 multiplies dequantized 16-bit weights.
+Quantized layers keep the arithmetic that the TensorRT network has, so that what is compiled is what was checked: fp8
+multiplies the stored values and scales the product, int8 and int4 multiply weights dequantized to 16 bit. One
+difference remains in 16 bit: an fp8 product is rounded here before it is scaled, where the engine keeps float32.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 
 WeightReader = Callable[[str], torch.Tensor]
 
-# Powers of two that keep products of stored values inside fp16's range; exact, so they change no result.
+# A power of two that keeps products of stored values inside fp16's range; exact, so it changes no float32 result.
 FP8_UNIT = 2.0**-9
-INT8_UNIT = 2.0**-7
 FP8_MAX = 448.0
 
 
@@ -26,7 +26,7 @@ FP8_MAX = 448.0
 class TorchLinear:
     """`y = (quantize(x * input_scale) @ weight.T) * output_scale`; weight [out, in] or [experts, out, in].
 
-    `output_scale` is float32: [out] for int8, [1] for fp8, with a leading expert dimension in a stack.
+    The scales are float32 and fp8's alone: [1], `output_scale` with a leading expert dimension in a stack.
     """
 
     weight: torch.Tensor
@@ -83,8 +83,9 @@ class TorchWeights:
             output_scale = weight_scale * input_scale / FP8_UNIT**2
             return TorchLinear(self._put(stored, self._dtype) * FP8_UNIT, 1.0 / input_scale, output_scale, linear)
         if linear.precision == "int8":
-            scale = self._put(read(f"{linear.name}.per_channel_scale"), torch.float32) / INT8_UNIT
-            return TorchLinear(self._put(stored, self._dtype) * INT8_UNIT, None, scale, linear)
+            scales = self._put(read(f"{linear.name}.per_channel_scale"), torch.float32)
+            values = self._put(stored, torch.float32) * scales.unsqueeze(-1)
+            return TorchLinear(values.to(self._dtype), linear=linear)
         if linear.precision == "int4":
             scales = self._put(read(f"{linear.name}.weights_scaling_factor"), self._dtype)
             values = self._put(unpack_int4(stored), self._dtype).unflatten(-1, (-1, linear.group_size or 1))
