@@ -157,7 +157,8 @@ from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.source import CheckpointSource
 fill = module.fill_unit
 module.fill_unit = lambda *arguments: (time.sleep(0.01), fill(*arguments))[1]
-convert(CheckpointSource.open("tiny-mixtral"), Path(sys.argv[1]), Layout.resolve(2), Precision("int4", "bf16"), workers=3)
+source, precision = CheckpointSource.open("tiny-mixtral"), Precision("int4", "bf16")
+convert(source, Path(sys.argv[1]), Layout.resolve(2), precision, workers=3)
 """
 
 

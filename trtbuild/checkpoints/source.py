@@ -203,8 +203,8 @@ def _download(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"cannot fetch {hub_id} from the hub ({first_line}); check the name, your token (HF_TOKEN) and the network, or "
-            "pass a local directory"
+            f"cannot fetch {hub_id} from the hub ({first_line}); check the name, your token (HF_TOKEN) and the "
+            "network, or pass a local directory"
         ) from error
     return directory, directory.name
 

@@ -22,7 +22,14 @@ from trtbuild.checkpoints.source import COMPANION_FILES, CheckpointSource
 from trtbuild.engines.builder import build_plans
 from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText, calibrate
 from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
-from trtbuild.engines.passport import FORMAT_VERSION, PASSPORT, PLAN_DIRECTORY, TOKENIZER_DIRECTORY, Passport, file_digests
+from trtbuild.engines.passport import (
+    FORMAT_VERSION,
+    PASSPORT,
+    PLAN_DIRECTORY,
+    TOKENIZER_DIRECTORY,
+    Passport,
+    file_digests,
+)
 from trtbuild.engines.plan_tasks import BuildOptions, library_version, plan_tasks
 from trtbuild.engines.segments import cut_into_segments
 from trtbuild.engines.targets import resolve_targets
