@@ -21,7 +21,7 @@ from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.executor import LogitRows
 from trtbuild.engines.limits import EngineLimits
-from trtbuild.engines.reference_executor import ReferenceExecutor
+from trtbuild.engines.reference.executor import ReferenceExecutor
 
 TESTS = Path(__file__).parent
 ORACLE = TESTS / "oracle"

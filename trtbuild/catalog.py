@@ -8,7 +8,7 @@ import click
 
 from trtbuild.checkpoints.families import FAMILIES
 from trtbuild.checkpoints.known_models import KNOWN_MODELS, bundled_directory
-from trtbuild.engines.targets import MIN_SM, TARGETS
+from trtbuild.engines.tensorrt.targets import MIN_SM, TARGETS
 
 
 def describe_models() -> dict[str, Any]:

@@ -204,7 +204,7 @@ def generate(
 ) -> None:
     """Stream one answer of the engine NAME to the terminal."""
     from trtbuild.engines.generate import generate as run
-    from trtbuild.engines.request import SamplingParams
+    from trtbuild.engines.serving.request import SamplingParams
     from trtbuild.progress import terminal_progress
     from trtbuild.workspace import Workspace
 

@@ -96,7 +96,7 @@ def _gpus() -> list[Finding]:
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> Finding:
-    from trtbuild.engines.targets import TARGETS
+    from trtbuild.engines.tensorrt.targets import TARGETS
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)

@@ -42,9 +42,7 @@ def print_engine(report: CompileReport, as_json: bool) -> None:
     if passport["tensors"]:
         click.echo(f"  weights  {_describe_precisions(_precisions(passport['tensors']))}")
     builder = passport["builder"]
-    click.echo(
-        f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}"
-    )
+    click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}")
     for plan in passport["plans"]:
         click.echo(f"           {describe_plan(plan)}")
     click.echo(f"  took     {report.seconds:.1f} s")

@@ -128,7 +128,9 @@ def test_killed_while_compiling_it_goes_on(tmp_path: Path) -> None:
     flags = ["--target", "sm89", "--max-seq-len", "128", "--chunk-size", "64", "--workers", "1", "--precision", "int4"]
     command = [sys.executable, "-m", "trtbuild", "compile", str(TINY_QWEN2), "--tp", "2", "--name", "x", *flags]
     plans = tmp_path / "engines" / ".x.partial" / "plans"
-    process = subprocess.Popen([*command, "--workspace", str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--workspace", str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
     while not list(plans.glob("*.json")):
         assert process.poll() is None
         time.sleep(0.02)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import trtbuild
 from trtbuild.checkpoints.journal import Journal
@@ -72,7 +75,10 @@ def convert(
     """
     layout.check(source.config)
     plans = [plan_rank(source.config, rank, precision) for rank in layout.ranks()]
+    if precision.weights == "fp8" and calibration is None:
+        raise ValueError("fp8 needs a calibration")
     request = {
+        "format": FORMAT_VERSION,
         "source": source.digest,
         "layout": dataclasses.asdict(layout),
         "precision": dataclasses.asdict(precision),
@@ -148,21 +154,32 @@ def _fill(
 
 
 def _run_parallel(work: Callable[[Unit], None], units: Iterable[Unit], workers: int, done: Callable[[], None]) -> None:
-    """Inline with one worker; otherwise in threads (torch releases the lock), stopping at the first error."""
+    """Inline with one worker; otherwise in threads (torch releases the lock), stopping at the first error or Ctrl-C."""
     if workers <= 1:
         for unit in units:
             work(unit)
             done()
         return
-    with ThreadPoolExecutor(workers) as pool:
+    with _torch_threads(max(1, (os.cpu_count() or 1) // workers)), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, unit) for unit in units]
         for future in futures:
             future.add_done_callback(lambda _: done())
-        finished, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        for future in finished:
-            future.result()
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """Workers and torch's own threads together should not be more than the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def manifest(plans: list[RankPlan], records: list[UnitRecord], ranges: dict[str, ActivationRange]) -> dict[str, Any]:

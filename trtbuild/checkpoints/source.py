@@ -29,7 +29,8 @@ COMPANION_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "LICENSE", "README.md",
 )  # fmt: skip
-_HUB_PATTERNS = ["config.json", INDEX_FILE, "*.safetensors", *COMPANION_FILES]
+# Not every *.safetensors: some repositories ship the same weights twice, in the authors' own layout.
+_HUB_PATTERNS = ["config.json", INDEX_FILE, "model*.safetensors", *COMPANION_FILES]
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ def _read_shards(directory: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{INDEX_FILE}: no weight_map of tensor names to file names")
         files = sorted(set(listed.values()))
     else:
-        files = sorted(file.name for file in directory.glob("*.safetensors"))
+        files = sorted(file.name for file in directory.glob("model*.safetensors"))
+        files = files or sorted(file.name for file in directory.glob("*.safetensors"))
     if not files:
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
         if pickles:

@@ -23,11 +23,11 @@ from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer
-from trtbuild.engines.network import define_segment
-from trtbuild.engines.rope import rope_tables
-from trtbuild.engines.segments import Segment
-from trtbuild.engines.torch_ops import Observer, RoutingObserver, Step, TorchOps
-from trtbuild.engines.torch_weights import TorchWeights
+from trtbuild.engines.network.decoder import define_segment
+from trtbuild.engines.network.rope import rope_tables
+from trtbuild.engines.network.segments import Segment
+from trtbuild.engines.reference.torch_ops import Observer, RoutingObserver, Step, TorchOps
+from trtbuild.engines.reference.torch_weights import TorchWeights
 from trtbuild.errors import CheckpointError
 from trtbuild.progress import ProgressFactory, no_progress
 

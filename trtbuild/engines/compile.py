@@ -19,9 +19,9 @@ from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, open_rank, rank_file, weights_digest
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.source import COMPANION_FILES, CheckpointSource
-from trtbuild.engines.builder import build_plans
 from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText, calibrate
 from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
+from trtbuild.engines.network.segments import cut_into_segments
 from trtbuild.engines.passport import (
     FORMAT_VERSION,
     PASSPORT,
@@ -30,9 +30,9 @@ from trtbuild.engines.passport import (
     Passport,
     file_digests,
 )
-from trtbuild.engines.plan_tasks import BuildOptions, library_version, plan_tasks
-from trtbuild.engines.segments import cut_into_segments
-from trtbuild.engines.targets import resolve_targets
+from trtbuild.engines.tensorrt.builder import build_plans
+from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, library_version, plan_tasks
+from trtbuild.engines.tensorrt.targets import resolve_targets
 from trtbuild.errors import refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.recipe import Recipe

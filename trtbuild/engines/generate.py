@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from trtbuild.engines.launch import start_worker
-from trtbuild.engines.request import RequestOutput, SamplingParams
+from trtbuild.engines.serving.launch import start_worker
+from trtbuild.engines.serving.request import RequestOutput, SamplingParams
 from trtbuild.errors import TrtBuildError
 from trtbuild.progress import ProgressFactory, no_progress
 

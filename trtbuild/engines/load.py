@@ -14,7 +14,7 @@ from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.checkpoints.tokenizer import load_tokenizer
 from trtbuild.engines.executor import Executor
 from trtbuild.engines.passport import Passport
-from trtbuild.engines.reference_executor import ReferenceExecutor
+from trtbuild.engines.reference.executor import ReferenceExecutor
 from trtbuild.errors import Refused
 from trtbuild.workspace import read_json
 

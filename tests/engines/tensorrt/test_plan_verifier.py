@@ -1,0 +1,282 @@
+"""Real builds of tiny models: what the verifier finds in their plans, and that it finds what is wrong.
+
+Everything compiles here, on a machine without a GPU; nothing runs. `test_tensorrt_network.py` has the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+
+pytest.importorskip("tensorrt_rtx")
+
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.model_config import ModelConfig, MoeConfig, RopeConfig
+from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.rank_tensors import RankPlan, TensorSpec, plan_rank
+from trtbuild.engines.limits import EngineLimits
+from trtbuild.engines.network.segments import cut_into_segments
+from trtbuild.engines.tensorrt.builder import build_plans
+from trtbuild.engines.tensorrt.log import build_log
+from trtbuild.engines.tensorrt.network import build_network
+from trtbuild.engines.tensorrt.plan_compiler import compile_network
+from trtbuild.engines.tensorrt.plan_reader import PlanText, read_plan
+from trtbuild.engines.tensorrt.plan_record import PlanRecord
+from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, plan_tasks
+from trtbuild.engines.tensorrt.plan_verifier import Expectation, expect, verify_plan
+from trtbuild.engines.tensorrt.targets import TARGETS, resolve_targets
+from trtbuild.errors import CheckFailed, CheckpointError, EngineBuildError, Refused
+
+LIMITS = EngineLimits(max_batch_size=8, max_seq_len=128, chunk_size=64)
+TARGET = ("sm89",)
+TORCH_TYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+
+
+def config(family: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "architecture": family, "family": family, "dtype": "fp16", "vocab_size": 320, "hidden_size": 256,
+        "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "intermediate_size": 512, "norm_epsilon": 1e-5,
+        "max_position_embeddings": 4096, "rope": RopeConfig(),
+    }  # fmt: skip
+    fields |= {
+        "llama": {},
+        "mistral": {"sliding_window": 48},
+        "mixtral": {"moe": MoeConfig(num_experts=4, top_k=2, intermediate_size=256)},
+        "qwen2": {"qkv_bias": True, "tie_embeddings": True},
+    }[family]
+    return ModelConfig(**(fields | changes))
+
+
+def rank_plan(
+    family: str, precision: Any, tp: int = 1, rank: int = 0, moe_ep: int | None = None, **changes: Any
+) -> RankPlan:
+    made = config(family, **changes)
+    return plan_rank(made, Layout.resolve(tp=tp, moe_ep=moe_ep).rank(rank), Precision.resolve(precision, made.dtype))
+
+
+def random_tensor(spec: TensorSpec, seed: int = 0) -> torch.Tensor:
+    """Values that differ from tensor to tensor: TensorRT stores equal constants once."""
+    generator = torch.Generator().manual_seed(crc32(f"{spec.name} {seed}".encode()))
+    if spec.dtype in ("U8", "I8"):
+        return torch.randint(0, 120, spec.shape, generator=generator).to(TORCH_TYPES[spec.dtype])
+    return (torch.rand(spec.shape, generator=generator) * 0.1 + 0.01).to(TORCH_TYPES[spec.dtype])
+
+
+def open_random(plans: list[RankPlan], rank: int) -> Any:
+    specs = {spec.name: spec for spec in plans[rank].tensors()}
+    return lambda name: random_tensor(specs[name], rank)
+
+
+@cache
+def compiled(
+    family: str, precision: str, tp: int, phase: str, form: str | None = None, moe_ep: int | None = None
+) -> tuple[PlanText, Expectation]:
+    """The decoder segment of rank 0, read back, and what it must show."""
+    plan = rank_plan(family, precision, tp, moe_ep=moe_ep)
+    segment = cut_into_segments(plan)[1]
+    embedded = phase == "any"
+    read = open_random([plan], 0) if embedded else None
+    built = build_network(plan, segment, phase, LIMITS, form, read)  # type: ignore[arg-type]
+    blob = compile_network(built, TARGET, f"{family}-{precision}")
+    outputs = tuple(b.name for b in built.bindings if b.role == "output" or b.alias)
+    expected = expect(plan, segment, phase, LIMITS, TARGET, built.moe_form, outputs, embedded)  # type: ignore[arg-type]
+    return read_plan(blob, build_log().lines), expected
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "qwen2"])
+def test_every_plan_of_an_engine_verifies(tmp_path: Path, family: str, precision: Any, tp: int) -> None:
+    made = config(family)
+    plans = [plan_rank(made, rank, Precision.resolve(precision, made.dtype)) for rank in Layout.resolve(tp=tp).ranks()]
+    options = BuildOptions(LIMITS, TARGET)
+    records = build_plans(
+        plans, options, tmp_path, open_reader=partial(open_random, plans), weights_digest="w", workers=0
+    )
+    assert {(served.rank, served.segment) for record in records for served in record.serves} == {
+        (r, s) for r in range(tp) for s in range(3)
+    }
+    decoders = [record for record in records if record.kind == "decoder"]
+    assert len(decoders) == (tp if precision == "int4" else 2)
+    for record in decoders:
+        assert record.verification["world_size"] == (2 if tp == 2 else None)
+        assert all(
+            size <= 1.5 * asked
+            for size, asked in zip(
+                record.verification["scratch_bytes"], record.verification["scratch_forecast"], strict=True
+            )
+        )
+    assert all(build_log().errors == [] for _ in records)
+
+
+@pytest.mark.parametrize("moe_ep", [None, 2])
+@pytest.mark.parametrize("form", ["conditional", "routed", "dense"])
+@pytest.mark.parametrize(
+    ("precision", "phase"), [("fp8", "prefill"), ("fp8", "decode"), ("fp16", "prefill"), ("int4", "any")]
+)
+def test_moe_forms_compile(precision: str, phase: str, form: str, moe_ep: int | None) -> None:
+    text, expected = compiled("mixtral", precision, 2, phase, form, moe_ep)
+    found = verify_plan("moe", text, expected)
+    assert found["stream_capturable"] == (form == "dense")
+    assert (found["conditional_jumps"] > 0) == (form != "dense")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_int4_matrices_are_small_in_the_plan(tmp_path: Path, family: str) -> None:
+    """By the builder's own figure: 16-bit and int4 weights embedded in the same network."""
+    sizes = {}
+    for precision in ("fp16", "int4"):
+        text, expected = compiled(family, precision, 1, "any")
+        verify_plan(precision, text, expected)
+        sizes[precision] = text.weight_bytes
+    plan = rank_plan(family, "fp16")
+    plain = sum(t.spec.num_bytes for t in plan.plain if ".layers." in t.spec.name)
+    assert (sizes["fp16"] - plain) / (sizes["int4"] - plain) >= 3.2
+
+
+def wrong(expected: Expectation, **changes: Any) -> Expectation:
+    return replace(expected, **changes)
+
+
+def test_the_verifier_finds_each_difference() -> None:
+    text, expected = compiled("llama", "fp16", 1, "prefill")
+    verify_plan("right", text, expected)
+    small = replace(expected.forecast, scratch=(1_000_000,))
+    for changes, message in (
+        ({"precision": "fp8", "num_quantized_gemms": 10}, "asked for 10 fp8 matrix multiplies, found 0"),
+        ({"targets": ("sm80",)}, "asked for targets sm80, found sm89"),
+        ({"world_size": 2}, "asked for a world size of 2, found None"),
+        ({"num_collectives": 4}, "asked for 4 collectives, found 0"),
+        ({"moe_form": "routed", "num_conditionals": 8}, "asked for experts in the form routed"),
+        ({"forecast": small}, "forecast 1,000,000"),
+        ({"outputs": ("logits",)}, "['logits'] are missing"),
+    ):
+        with pytest.raises(CheckFailed, match="plan wrong is not what was asked") as error:
+            verify_plan("wrong", text, wrong(expected, **changes))
+        assert message in error.value.message
+
+
+def test_the_verifier_tells_precisions_and_forms_apart() -> None:
+    text, expected = compiled("mixtral", "fp8", 2, "decode", "conditional")
+    for changes in (
+        {"precision": "fp16"},
+        {"moe_form": "routed"},
+        {"moe_form": "dense"},
+        {"world_size": 4},
+        {"num_quantized_gemms": 9},
+    ):
+        with pytest.raises(CheckFailed):
+            verify_plan("wrong", text, wrong(expected, **changes))
+
+
+def test_unpacked_int4_weights_are_found() -> None:
+    """fp16 weights in the plan where int4 was forecast."""
+    text, _ = compiled("llama", "fp16", 1, "any")
+    _, expected = compiled("llama", "int4", 1, "any")
+    with pytest.raises(CheckFailed, match="weights in the plan are"):
+        verify_plan("wrong", text, expected)
+
+
+def test_something_else_is_no_plan() -> None:
+    with pytest.raises(CheckFailed, match="no readable program"):
+        read_plan(b"not a plan")
+
+
+def test_a_build_resumes(tmp_path: Path) -> None:
+    plans = [rank_plan("llama", "fp16", 2, rank) for rank in range(2)]
+    events: list[tuple[str, bool]] = []
+    build = partial(
+        build_plans,
+        plans,
+        directory=tmp_path,
+        workers=0,
+        on_plan=lambda record, built, total: events.append((record.name, built)),
+    )
+    first = build(BuildOptions(LIMITS, TARGET))
+    assert [built for _, built in events] == [True] * 4
+    (tmp_path / f"{first[1].name}.json").unlink()
+    (tmp_path / first[2].file).write_bytes(b"cut short")
+    events.clear()
+    again = build(BuildOptions(LIMITS, TARGET))
+    assert sorted(name for name, built in events if built) == sorted([first[1].name, first[2].name])
+    assert [record.name for record in again] == [record.name for record in first]
+    assert PlanRecord.from_dict(json.loads(json.dumps(again[1].to_dict()))) == again[1]
+    assert not list(tmp_path.glob("*.tmp"))
+    events.clear()
+    build(BuildOptions(EngineLimits(8, 128, 32), TARGET))
+    assert [built for _, built in events] == [True] * 4
+
+
+def test_a_build_in_worker_processes(tmp_path: Path) -> None:
+    records = build_plans([rank_plan("llama", "bf16")], BuildOptions(LIMITS, TARGET), tmp_path, workers=2)
+    assert [record.kind for record in records] == ["embed", "decoder", "decoder", "head"]
+    assert all((tmp_path / record.file).stat().st_size == record.size for record in records)
+
+
+def die(rank: int) -> Any:
+    os._exit(9)
+
+
+def fail(rank: int) -> Any:
+    raise CheckpointError("rank 0 is damaged")
+
+
+def test_a_failing_build_process_is_named(tmp_path: Path) -> None:
+    build = partial(
+        build_plans, [rank_plan("llama", "int4")], BuildOptions(LIMITS, TARGET), tmp_path, weights_digest="w"
+    )
+    with pytest.raises(EngineBuildError, match=r"plan decoder-r0-s01 died \(exit code 9\)"):
+        build(open_reader=die, workers=1)
+    with pytest.raises(CheckpointError, match="rank 0 is damaged"):
+        build(open_reader=fail, workers=1)
+    assert [path.name for path in tmp_path.glob("*.json")] != []
+
+
+def test_plans_are_shared_by_ranks_and_groups() -> None:
+    plans = [rank_plan("mixtral", "fp8", 2, rank, moe_ep=2, num_layers=5) for rank in range(2)]
+    tasks = plan_tasks(plans, BuildOptions(LIMITS, TARGET, segment_layers=2))
+    # Groups of 2, 2 and 1 layers: two signatures, each for prefill and decode.
+    assert [len(task.serves) for task in tasks if task.segment.kind == "decoder"] == [4, 4, 2, 2]
+    with pytest.raises(ValueError, match="digest"):
+        plan_tasks([rank_plan("llama", "int4")], BuildOptions(LIMITS, TARGET))
+
+
+@pytest.mark.parametrize("moe_ep", [2, 4])
+def test_default_segments_of_few_experts_compile(moe_ep: int) -> None:
+    """Deeper segments of one or two experts a rank find no fused attention."""
+    plan = rank_plan("mixtral", "bf16", moe_ep, moe_ep=moe_ep, num_layers=8)
+    segment = cut_into_segments(plan)[1]
+    assert segment.num_layers == 4 // moe_ep
+    compile_network(build_network(plan, segment, "decode", LIMITS), TARGET, "few experts")
+
+
+def test_an_error_in_the_log_fails_the_build() -> None:
+    plan = rank_plan("mixtral", "fp16")
+    segment = cut_into_segments(plan)[1]
+    built = build_network(plan, segment, "decode", LIMITS)
+    with pytest.raises(EngineBuildError, match="FP32 GEMM is not supported"):
+        compile_network(built, ("sm75",), "router")
+
+
+def test_targets() -> None:
+    fp8, bf16, fp16 = Precision("fp8", "bf16"), Precision("bf16", "bf16"), Precision("fp16", "fp16")
+    assert resolve_targets(None, fp8) == ("sm89", "sm120", "sm121")
+    assert resolve_targets(["sm120", "sm80"], bf16) == ("sm80", "sm120")
+    assert resolve_targets(None, fp16) == tuple(TARGETS)
+    assert "sm75" not in resolve_targets(None, fp16, moe=True)
+    with pytest.raises(Refused) as error:
+        resolve_targets(["sm80", "sm86", "sm90"], fp8)
+    for text in ("sm80: Ampere (A100) has no fp8, which needs sm89", "sm86", "sm90 is no target of TensorRT-RTX"):
+        assert text in error.value.message

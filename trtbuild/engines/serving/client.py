@@ -1,0 +1,217 @@
+"""A synchronous client of an engine worker; safe for several streams, from several threads, on one connection.
+
+Free of torch: `generate`, benchmarks and Triton's model import it. One thread per client reads the socket and hands
+each message to its stream, so a lost worker is known at once to every stream that waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trtbuild.engines.serving import protocol
+from trtbuild.engines.serving.request import RequestOutput, SamplingParams, TokenEvent
+from trtbuild.errors import TrtBuildError
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """The events of one generation, as they come. Closing it, or dropping it, before its end cancels the request."""
+
+    def __init__(self, client: WorkerClient, request_id: str, messages: queue.SimpleQueue[dict[str, Any]]) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._messages = messages
+        self._done = False
+
+    def __next__(self) -> TokenEvent:
+        """Raises `Refused` for a bad request and `TrtBuildError` where the worker failed or is gone."""
+        if self._done:
+            raise StopIteration
+        message = self._messages.get()
+        if message["type"] == "error":
+            self._done = True
+            raise protocol.exception_of(message)
+        event = protocol.event_of(message)
+        self._done = event.finish_reason is not None
+        return event
+
+    def result(self) -> RequestOutput:
+        """Read to the end and gather the events that were not yet read."""
+        output = RequestOutput(self.request_id)
+        for event in self:
+            output.add(event)
+        return output
+
+    def close(self) -> None:
+        """Cancel unless finished; nothing more can be read."""
+        if not self._done:
+            self._done = True
+            self._client.cancel(self.request_id)
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class WorkerClient:
+    """Connects to the worker at `socket_path`; a context manager.
+
+    `describe_end`, where given, tells how the worker's process ended, for the error messages. Raises `TrtBuildError`
+    where nothing listens there, nothing answers within `timeout_s` seconds, or the protocol is another one.
+    """
+
+    def __init__(
+        self, socket_path: Path, *, describe_end: Callable[[], str] | None = None, timeout_s: float = 10.0
+    ) -> None:
+        self._describe_end = describe_end
+        self._path = socket_path
+        self._pending: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
+        self._lost: dict[str, Any] | None = None
+        # Reentrant: a dropped stream may be collected, and cancelled, while this thread holds it.
+        self._lock = threading.RLock()
+        self._closing = False
+        self._ids = itertools.count(1)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(str(socket_path))
+            self._lines = self._socket.makefile("rb")
+            self.hello = self._read_hello()
+        except OSError as error:
+            self._socket.close()
+            raise TrtBuildError(f"no engine worker answers at {socket_path}: {error}") from error
+        self._socket.settimeout(None)
+        self._reader = threading.Thread(target=self._read, name="worker-client", daemon=True)
+        self._reader.start()
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
+        """Submit a prompt now (text, token ids, or chat messages with role and content) and stream its tokens."""
+        message = {"op": "generate", "params": (params or SamplingParams()).to_dict(), **_prompt_field(prompt)}
+        request_id, messages = self._send(message)
+        return TokenStream(self, request_id, messages)
+
+    def score(self, prompt: str | Sequence[int]) -> tuple[list[int], list[float | None]]:
+        """(token ids, natural-log probability of each given those before it; None for the first)."""
+        answer = self._ask({"op": "score", **_prompt_field(prompt)})
+        if answer["type"] != "score":
+            raise TrtBuildError("the engine worker stopped before the prompt was scored")
+        return answer["token_ids"], answer["logprobs"]
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its stream ends with finish_reason "cancelled". Unknown or finished ids are ignored."""
+        if self._lost is None and request_id in self._pending:
+            self._write({"op": "cancel", "id": request_id})
+
+    def stats(self) -> dict[str, Any]:
+        """The scheduler's gauges and counters (`SchedulerStats`), and the number of connections."""
+        return self._ask({"op": "stats"})["stats"]
+
+    def shutdown(self, drain: bool = True) -> None:
+        """Ask the worker to stop, by default after the requests in flight."""
+        self._ask({"op": "shutdown", "drain": drain})
+
+    def close(self) -> None:
+        """Close the connection; the worker cancels what is still in flight on it."""
+        self._closing = True
+        # An error here: already disconnected.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._lines.close()
+        self._socket.close()
+
+    def __enter__(self) -> WorkerClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        answer = self._send(message)[1].get()
+        if answer["type"] == "error":
+            raise protocol.exception_of(answer)
+        return answer
+
+    def _send(self, message: dict[str, Any]) -> tuple[str, queue.SimpleQueue[dict[str, Any]]]:
+        request_id = str(next(self._ids))
+        messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        with self._lock:
+            if self._lost is not None:
+                raise protocol.exception_of(self._lost)
+            self._pending[request_id] = messages
+        self._write({**message, "id": request_id})
+        return request_id, messages
+
+    def _write(self, message: dict[str, Any]) -> None:
+        line = protocol.encode(message)
+        # An error here: the reader sees the same end of the connection and tells every stream why.
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(line)
+
+    def _read_hello(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise TrtBuildError(f"the engine worker at {self._path} closed the connection at once: it is stopping")
+        hello = protocol.decode(line)
+        if hello.get("protocol") != protocol.PROTOCOL_VERSION:
+            raise TrtBuildError(
+                f"the engine worker at {self._path} speaks protocol {hello.get('protocol')}, this client "
+                f"{protocol.PROTOCOL_VERSION}: restart the worker with this version of trtbuild"
+            )
+        return hello
+
+    def _read(self) -> None:
+        """In the reader thread, until the connection ends."""
+        why = None
+        try:
+            for line in self._lines:
+                message = protocol.decode(line)
+                if message.get("id") is None:
+                    why = message.get("message")
+                    continue
+                last = message["type"] != "token" or "finish_reason" in message
+                messages = self._pending.get(message["id"])
+                if last:
+                    self._pending.pop(message["id"], None)
+                if messages is not None:
+                    messages.put(message)
+        except OSError as error:
+            why = str(error)
+        self._lose(why)
+
+    def _lose(self, why: str | None) -> None:
+        with self._lock:
+            waiting, self._pending = list(self._pending.values()), {}
+            if why is None and not self._closing and self._describe_end is not None:
+                why = self._describe_end()
+            self._lost = protocol.error_message(
+                None, "failed", f"the connection to the engine worker is lost: {why or 'it closed the connection'}"
+            )
+        for messages in waiting:
+            messages.put(self._lost)
+
+
+def _prompt_field(prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if prompt and isinstance(prompt[0], dict):
+        return {"messages": list(prompt)}
+    return {"token_ids": list(prompt)}

@@ -1,0 +1,255 @@
+"""The engine worker's socket server: clients' operations in, token events out.
+
+asyncio runs in the main thread; the scheduler in its own (`EngineLoop`), so that a slow step never delays accepting
+or cancelling, and a burst of clients never delays a step. They exchange closures, no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trtbuild.engines.serving import protocol
+from trtbuild.engines.serving.detokenizer import decoder_of
+from trtbuild.engines.serving.engine_loop import EngineLoop
+from trtbuild.engines.serving.prompts import prompt_token_ids
+from trtbuild.engines.serving.request import Request, SamplingParams, TokenEvent
+from trtbuild.engines.serving.scheduler import Scheduler, SchedulerStats
+from trtbuild.errors import Refused
+
+log = logging.getLogger("trtbuild.worker")
+
+# A client that reads nothing must not fill the worker's memory; at this backlog it is dropped.
+MAX_BACKLOG_BYTES = 16 * 2**20
+# How long the engine thread may take to finish its step once everything is cancelled.
+STOP_GRACE_S = 10.0
+# How long clients get to read their last messages.
+FLUSH_S = 2.0
+
+
+class Connection:
+    """One client: where its answers go, and which of its requests are in flight (its id -> the scheduler's)."""
+
+    def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
+        self.number = number
+        self.requests: dict[str, str] = {}
+        self._writer = writer
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue one message. A client gone is not an error here: its reader notices and cleans up."""
+        if self._writer.is_closing():
+            return
+        self._writer.write(protocol.encode(message))
+        if self._writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
+            log.warning("client %d does not read its answers; dropped", self.number)
+            self._writer.transport.abort()
+
+    async def close(self) -> None:
+        """Send what is queued, then close."""
+        self._writer.close()
+        await self._writer.wait_closed()
+
+
+class WorkerServer:
+    """Serves one loaded engine (`trtbuild.engines.load.LoadedEngine`) until told to stop."""
+
+    def __init__(self, engine: Any, drain_s: float) -> None:
+        decode = None if engine.tokenizer is None else decoder_of(engine.tokenizer)
+        self._engine = engine
+        self._drain_s = drain_s
+        self._scheduler = Scheduler(
+            engine.executor,
+            eos_token_ids=engine.eos_token_ids,
+            decode_text=decode,
+            max_input_len=engine.passport.get("limits", {}).get("max_input_len"),
+        )
+        self._loop = asyncio.get_running_loop()
+        self._engine_loop = EngineLoop(self._scheduler, lambda events: self._from_engine(self._deliver, events))
+        self._routes: dict[str, tuple[Connection, str, list[int]]] = {}
+        self._connections: set[Connection] = set()
+        self._numbers = itertools.count(1)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._stopping = asyncio.Event()
+        self._draining = True
+        self._idle = asyncio.Event()
+
+    def hello(self) -> dict[str, Any]:
+        """The first message on every connection."""
+        executor = self._engine.executor
+        return {
+            "type": "hello",
+            "protocol": protocol.PROTOCOL_VERSION,
+            "engine": self._engine.name,
+            "executor": executor.name,
+            "device": str(executor.device),
+            "limits": {
+                "num_slots": executor.num_slots,
+                "max_seq_len": executor.max_seq_len,
+                "chunk_size": executor.chunk_size,
+                "vocab_size": executor.vocab_size,
+            },
+            "eos_token_ids": list(self._engine.eos_token_ids),
+            "has_tokenizer": self._engine.tokenizer is not None,
+            "has_chat_template": bool(getattr(self._engine.tokenizer, "chat_template", None)),
+        }
+
+    def stop(self, drain: bool) -> None:
+        """Begin to stop: at once, or once the requests in flight are done; called again, at once."""
+        self._draining = drain and not self._stopping.is_set()
+        self._stopping.set()
+        if not self._draining:
+            self._idle.set()
+
+    async def serve(self, socket_path: Path, ready: Callable[[dict[str, Any]], None]) -> bool:
+        """Accept clients, call `ready(hello)`, and return after `stop`. Raises what the engine thread raised.
+
+        False where the engine thread did not come back from its last step.
+        """
+        engine_done = self._loop.run_in_executor(ThreadPoolExecutor(1, "engine"), self._engine_loop.run)
+        server = await asyncio.start_unix_server(self._serve_client, socket_path, limit=protocol.MAX_MESSAGE_BYTES)
+        socket_path.chmod(0o600)
+        ready(self.hello())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({engine_done, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        server.close()
+        if not engine_done.done():
+            await self._drain(engine_done)
+            self._engine_loop.stop()
+            await asyncio.wait({engine_done}, timeout=STOP_GRACE_S)
+        stopping.cancel()
+        await self._close_clients(engine_done)
+        if engine_done.done():
+            engine_done.result()
+        return engine_done.done()
+
+    async def _drain(self, engine_done: asyncio.Future[None]) -> None:
+        """Let requests in flight finish for `drain_s`, then cancel the rest and report that to their clients."""
+        if self._draining and self._routes:
+            log.info("draining %d requests", len(self._routes))
+            idle = asyncio.ensure_future(self._idle.wait())
+            await asyncio.wait({idle, engine_done}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+        for request_id in list(self._routes):
+            self._engine_loop.post(lambda scheduler, request_id=request_id: scheduler.cancel(request_id))
+        # One more turn of the loop, so that the cancellations are stepped and their events are on their way.
+        stepped = self._loop.create_future()
+        self._engine_loop.post(lambda scheduler: self._deliver_rest(scheduler, stepped))
+        await asyncio.wait({stepped, engine_done}, timeout=STOP_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+
+    def _deliver_rest(self, scheduler: Scheduler, stepped: asyncio.Future[None]) -> None:
+        """In the engine thread: everything was cancelled, so this step computes nothing."""
+        self._from_engine(self._deliver, scheduler.step())
+        self._from_engine(stepped.set_result, None)
+
+    async def _close_clients(self, engine_done: asyncio.Future[None]) -> None:
+        failure = engine_done.exception() if engine_done.done() else None
+        why = "the engine worker stopped" if failure is None else f"the engine worker failed: {failure}"
+        for connection, client_id, _ in self._routes.values():
+            connection.send(protocol.error_message(client_id, "failed", why))
+        self._routes.clear()
+        closing = asyncio.gather(*(c.close() for c in self._connections), return_exceptions=True)
+        await asyncio.wait({closing}, timeout=FLUSH_S)
+
+    def _from_engine(self, callback: Callable[..., Any], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(next(self._numbers), writer)
+        self._connections.add(connection)
+        connection.send(self.hello())
+        try:
+            while line := await reader.readline():
+                await self._serve_line(connection, line)
+        except (ConnectionError, ValueError) as error:
+            # ValueError: readline's, for a line over the limit; what follows in the stream has no framing.
+            connection.send(protocol.error_message(None, "refused", f"connection closed: {error}"))
+        finally:
+            self._connections.discard(connection)
+            for request_id in list(connection.requests.values()):
+                self._engine_loop.post(lambda scheduler, request_id=request_id: scheduler.cancel(request_id))
+            writer.close()
+
+    async def _serve_line(self, connection: Connection, line: bytes) -> None:
+        client_id = None
+        try:
+            message = protocol.decode(line)
+            client_id = message.get("id") if isinstance(message.get("id"), str) else None
+            op = protocol.check_operation(message)
+            if op in ("generate", "score"):
+                await self._start(connection, op, message)
+            elif op == "cancel" and message["id"] in connection.requests:
+                request_id = connection.requests[message["id"]]
+                self._engine_loop.post(lambda scheduler: scheduler.cancel(request_id))
+            elif op == "stats":
+                self._engine_loop.post(
+                    lambda scheduler: self._from_engine(self._send_stats, connection, message["id"], scheduler.stats())
+                )
+            elif op == "shutdown":
+                connection.send({"type": "ok", "id": message["id"]})
+                self.stop(drain=message.get("drain", True) is not False)
+        except Refused as error:
+            connection.send(protocol.error_message(client_id, "refused", error.message))
+
+    async def _start(self, connection: Connection, op: str, message: dict[str, Any]) -> None:
+        client_id = message["id"]
+        if client_id in connection.requests:
+            raise Refused(f"id {client_id!r} is in flight on this connection")
+        params = message.get("params", {})
+        if not isinstance(params, dict):
+            raise Refused(f"params must be an object, not {type(params).__name__}")
+        sampling = SamplingParams.from_dict(params)
+        token_ids = await self._loop.run_in_executor(
+            self._tokenizing, prompt_token_ids, message, self._engine.tokenizer
+        )
+        if self._stopping.is_set():
+            connection.send(protocol.error_message(client_id, "unavailable", "the engine worker is stopping"))
+            return
+        request = Request(f"{connection.number}:{client_id}", token_ids, sampling, score_only=op == "score")
+        connection.requests[client_id] = request.request_id
+        self._routes[request.request_id] = (connection, client_id, token_ids)
+        self._idle.clear()
+        self._engine_loop.post(lambda scheduler: self._submit(scheduler, request))
+
+    def _submit(self, scheduler: Scheduler, request: Request) -> None:
+        """In the engine thread."""
+        try:
+            scheduler.submit(request)
+        except Refused as error:
+            self._from_engine(self._refuse, request.request_id, error.message)
+
+    def _refuse(self, request_id: str, why: str) -> None:
+        connection, client_id, _ = self._forget(request_id)
+        connection.send(protocol.error_message(client_id, "refused", why))
+
+    def _send_stats(self, connection: Connection, client_id: str, stats: SchedulerStats) -> None:
+        values = asdict(stats) | {"connections": len(self._connections)}
+        connection.send({"type": "stats", "id": client_id, "stats": values})
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.request_id not in self._routes:
+                continue
+            connection, client_id, token_ids = self._routes[event.request_id]
+            if event.finish_reason is not None:
+                self._forget(event.request_id)
+            if event.prompt_logprobs is not None:
+                connection.send(
+                    {"type": "score", "id": client_id, "token_ids": token_ids, "logprobs": event.prompt_logprobs}
+                )
+            elif event.finish_reason == "error":
+                connection.send(protocol.error_message(client_id, "failed", event.error or "the request failed"))
+            else:
+                connection.send(protocol.event_message(event, client_id))
+
+    def _forget(self, request_id: str) -> tuple[Connection, str, list[int]]:
+        route = self._routes.pop(request_id)
+        route[0].requests.pop(route[1], None)
+        if not self._routes:
+            self._idle.set()
+        return route

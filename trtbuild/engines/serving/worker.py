@@ -1,0 +1,125 @@
+"""The engine worker: one process that holds one engine and serves it over a Unix-domain socket.
+
+    python -m trtbuild.engines.serving.worker ENGINE_DIR --socket PATH [--slots N] [--threads N]
+
+`generate`, Triton's model and the benchmarks are clients of it (`serving.client`), so that a model's weights are in
+memory once and a crash of either side is seen, not shared. SIGTERM drains: no new requests, those in flight
+finish (up to --drain-seconds), exit 0; SIGINT or a second SIGTERM cancels them. Logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trtbuild.errors import Refused, TrtBuildError
+
+log = logging.getLogger("trtbuild.worker")
+
+DEFAULT_LOADER = "trtbuild.engines.load:load_engine"
+# After its parent died a worker has no one to drain for.
+ORPHAN_GRACE_S = 2.0
+
+
+@click.command()
+@click.argument("engine_dir", type=click.Path(path_type=Path))
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), required=True, help="Where to listen.")
+@click.option("--slots", type=click.IntRange(min=1), help="Concurrent requests; default: what memory allows.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--dtype", help="Compute type of the reference executor.")
+@click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True)
+@click.option("--loader", default=DEFAULT_LOADER, help="MODULE:FUNCTION that loads the engine; for tests and perf.")
+@click.option("--ready-fd", type=int, help="File descriptor that gets one JSON line: hello, or why loading failed.")
+@click.option("--with-parent", is_flag=True, help="Exit when stdin closes, that is, when the parent dies.")
+def main(
+    engine_dir: Path,
+    socket_path: Path,
+    slots: int | None,
+    threads: int | None,
+    dtype: str | None,
+    drain_seconds: float,
+    loader: str,
+    ready_fd: int | None,
+    with_parent: bool,
+) -> None:
+    """Serve ENGINE_DIR on a Unix-domain socket."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    if with_parent:
+        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    try:
+        engine = _load(loader, engine_dir, slots, threads, dtype)
+    except TrtBuildError as error:
+        _tell(ready_fd, {"type": "error", "message": error.message, "exit_code": error.exit_code})
+        raise
+    try:
+        clean = asyncio.run(_serve(engine, socket_path, drain_seconds, ready_fd))
+    finally:
+        socket_path.unlink(missing_ok=True)
+    if not clean:
+        log.error("the engine is stuck in a step; exiting without it")
+        os._exit(1)
+    engine.executor.close()
+
+
+def _load(loader: str, engine_dir: Path, slots: int | None, threads: int | None, dtype: str | None) -> Any:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module, _, function = loader.partition(":")
+    if not function:
+        raise Refused(f"--loader {loader}: must be MODULE:FUNCTION")
+    load: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    start = time.monotonic()
+    engine = load(engine_dir, num_slots=slots, dtype=dtype)
+    log.info(
+        "loaded %s in %.1f s: %s executor, %d slots of %d tokens",
+        engine.name,
+        time.monotonic() - start,
+        engine.executor.name,
+        engine.executor.num_slots,
+        engine.executor.max_seq_len,
+    )
+    return engine
+
+
+async def _serve(engine: Any, socket_path: Path, drain_s: float, ready_fd: int | None) -> bool:
+    """False where the engine thread did not come back from its last step."""
+    from trtbuild.engines.serving.server import WorkerServer
+
+    server = WorkerServer(engine, drain_s)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, server.stop, True)
+    loop.add_signal_handler(signal.SIGINT, server.stop, False)
+    return await server.serve(socket_path, lambda hello: _tell(ready_fd, hello))
+
+
+def _tell(ready_fd: int | None, message: dict[str, Any]) -> None:
+    if ready_fd is not None:
+        with os.fdopen(ready_fd, "w", encoding="utf-8") as pipe:
+            pipe.write(json.dumps(message) + "\n")
+
+
+def _end_with_parent() -> None:
+    """Block until the parent's end of stdin closes; os.read, since a buffered read cannot be left at exit."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

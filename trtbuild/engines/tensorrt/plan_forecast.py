@@ -1,0 +1,130 @@
+"""How large a plan's scratch and weights will be, from shapes alone.
+
+The formula was fitted to TensorRT-RTX 1.7.1 builds (weights as inputs, SM89; hidden 2048 and 4096, experts of 4096 and
+14336, steps of 16 to 512 tokens, 1 to 4 layers; fp16, bf16, fp8, int8): what the builder logged lay between 0.6 and 1.3
+times the forecast. It is a check that nothing was unpacked or copied, not an accounting of every buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trtbuild.checkpoints.layout import padded_vocab
+from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.engines.limits import EngineLimits
+from trtbuild.engines.network.segments import Segment
+from trtbuild.engines.tensorrt.experts import MoeForm
+from trtbuild.engines.tensorrt.ops import Phase
+
+# The GEMM library's workspace, one for each stream; plans are built with one stream.
+GEMM_WORKSPACE = 8_192_000
+# Partial results of fused attention: float32, for so many splits of the keys.
+ATTENTION_SPLITS = 8
+# What does not grow with the step: partial results of short steps, counters, shapes.
+FIXED = 2 * 2**20
+# Constants that a plan holds besides embedded weights: numbers, ranges, RoPE-free.
+SMALL_CONSTANTS = 256 * 2**10
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of device memory. `scratch` has one entry for each optimization profile."""
+
+    scratch: tuple[int, ...]
+    weights: int
+
+
+def forecast(
+    plan: RankPlan, segment: Segment, phase: Phase, limits: EngineLimits, moe_form: MoeForm | None, embedded: bool
+) -> Forecast:
+    """Forecast of one plan of a segment."""
+    weights = sum(spec.num_bytes for spec in segment.weights(plan).values()) if embedded else 0
+    if segment.kind == "embed":
+        return Forecast((GEMM_WORKSPACE,), weights)
+    if segment.kind == "head":
+        return Forecast((GEMM_WORKSPACE + _head_bytes(plan, limits),), weights)
+    steps = {"prefill": [limits.chunk_size], "decode": [limits.max_batch_size]}.get(
+        phase, [limits.chunk_size, limits.max_batch_size]
+    )
+    per_token = _attention_bytes(plan, segment, limits)
+    mixed = _moe_bytes(plan, segment, moe_form) if moe_form else _mlp_bytes(plan)
+    # A dense MLP reuses attention's buffers; conditionals and loops do not.
+    step_bytes = per_token + mixed if moe_form else max(per_token, mixed)
+    constant = GEMM_WORKSPACE + FIXED + _unpacked_bytes(plan, segment, moe_form)
+    return Forecast(tuple(constant + tokens * step_bytes for tokens in steps), weights)
+
+
+def _head_bytes(plan: RankPlan, limits: EngineLimits) -> int:
+    tp = plan.layout.layout.tp
+    vocab = padded_vocab(plan.config.vocab_size, tp)
+    gathered = 2 * 4 * vocab + 4 * vocab // tp if tp > 1 else 0
+    return limits.max_head_rows * (3 * 2 * plan.config.hidden_size + 2 * vocab // tp + gathered)
+
+
+def _attention_bytes(plan: RankPlan, segment: Segment, limits: EngineLimits) -> int:
+    """Per token: split attention, q/k/v twice (before and after RoPE), residual and norm; the mask of a window."""
+    config = plan.config
+    heads = max(config.num_heads // plan.layout.layout.tp, 4)
+    kv_heads = len(plan.layout.kv_heads(config.num_kv_heads))
+    split = heads * config.head_dim * 4 * ATTENTION_SPLITS
+    projections = (heads + 2 * kv_heads) * config.head_dim * 2 * 2
+    layers = plan.layers[segment.first_layer : segment.first_layer + segment.num_layers]
+    windows = [config.window(layer) for layer in layers]
+    masked = any(window is not None and window < limits.max_seq_len for window in windows)
+    return split + projections + 2 * 2 * config.hidden_size + (2 * limits.cache_capacity if masked else 0)
+
+
+def _product_size(plan: RankPlan) -> int:
+    """Bytes of an activation that a GEMM wrote: fp8 products are float32 until they are scaled."""
+    return 4 if plan.precision.weights == "fp8" else 2
+
+
+def _mlp_bytes(plan: RankPlan) -> int:
+    hidden, inner = plan.config.hidden_size, plan.config.intermediate_size // plan.layout.layout.tp
+    size = _product_size(plan)
+    return 2 * inner * size + (inner if size == 4 else 0) + (4 + size) * hidden
+
+
+def _moe_bytes(plan: RankPlan, segment: Segment, form: MoeForm) -> int:
+    config, moe = plan.config, plan.config.moe
+    if moe is None:
+        return 0
+    hidden = config.hidden_size
+    num_experts = len(plan.layout.experts(moe.num_experts))
+    both = 2 * len(plan.layout.moe_tp_slice(moe.intermediate_size)) * _product_size(plan)
+    if form == "conditional":
+        # Each expert's result keeps its own buffer, in every layer.
+        return both + segment.num_layers * (num_experts + 1) * 2 * hidden
+    if form == "routed":
+        return (num_experts + segment.num_layers) * 2 * hidden + 8 * hidden + 16 * num_experts
+    return both + 8 * hidden
+
+
+def _unpacked_bytes(plan: RankPlan, segment: Segment, form: MoeForm | None) -> int:
+    """16-bit copies of quantized weights that TensorRT-RTX makes in scratch, known and accepted.
+
+    int8: fc and gate of a dense MLP share an input, are fused, and fusing dequantizes; experts outside of conditionals;
+    attention's weights beside conditionals and loops.
+    int4: one expert at a time in a loop.
+    """
+    config, precision = plan.config, plan.precision.weights
+    if form is None:
+        return (
+            2 * 2 * config.hidden_size * (config.intermediate_size // plan.layout.layout.tp)
+            if precision == "int8"
+            else 0
+        )
+    moe = config.moe
+    if moe is None or precision not in ("int8", "int4"):
+        return 0
+    attention = sum(
+        2 * linear.in_features * linear.out_features
+        for linear in segment.linears(plan).values()
+        if precision == "int8" and linear.num_experts is None
+    )
+    if form == "conditional":
+        return attention
+    expert = 2 * 3 * config.hidden_size * len(plan.layout.moe_tp_slice(moe.intermediate_size))
+    if precision == "int8":
+        return attention + expert * len(plan.layout.experts(moe.num_experts)) * segment.num_layers
+    return expert if form == "routed" else 0

@@ -1,0 +1,166 @@
+"""Whether a compiled plan is what was asked for, read from the plan itself.
+
+"No error" proves little: TensorRT computes an fp8 layer in 16 bit, or unpacks 4-bit weights to scratch, without a word.
+So every build is read back, and a difference fails it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.engines.limits import EngineLimits
+from trtbuild.engines.network.segments import Segment
+from trtbuild.engines.tensorrt.experts import MoeForm
+from trtbuild.engines.tensorrt.ops import Phase
+from trtbuild.engines.tensorrt.plan_forecast import SMALL_CONSTANTS, Forecast, forecast
+from trtbuild.engines.tensorrt.plan_reader import PlanText, Program
+from trtbuild.errors import CheckFailed
+
+SCRATCH_TOLERANCE = 1.5
+# The builder's figure counts padding and kernels' constants; equal weights are stored once.
+WEIGHT_TOLERANCE = 1.15
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a plan must show.
+
+    num_quantized_gemms: matrix multiplies of quantized layers in one program; num_conditionals: experts' branches or
+    loops in one program.
+    """
+
+    targets: tuple[str, ...]
+    world_size: int | None
+    precision: str
+    num_quantized_gemms: int
+    moe_form: MoeForm | None
+    num_conditionals: int
+    num_collectives: int
+    outputs: tuple[str, ...]
+    forecast: Forecast
+    embedded: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def expect(
+    plan: RankPlan,
+    segment: Segment,
+    phase: Phase,
+    limits: EngineLimits,
+    targets: tuple[str, ...],
+    moe_form: MoeForm | None,
+    outputs: tuple[str, ...],
+    embedded: bool,
+) -> Expectation:
+    """What the plan of a segment must show, from the rank plan alone."""
+    tp = plan.layout.layout.tp
+    linears = segment.linears(plan).values()
+    branches = 0
+    if moe_form in ("conditional", "routed") and plan.config.moe:
+        branches = segment.num_layers * len(plan.layout.experts(plan.config.moe.num_experts))
+    # Two all-reduces in a decoder layer, one all-gather of the logits.
+    collectives = {"decoder": 2 * segment.num_layers, "head": 1, "embed": 0}[segment.kind] if tp > 1 else 0
+    return Expectation(
+        targets=targets,
+        world_size=tp if collectives else None,
+        precision=plan.precision.weights,
+        num_quantized_gemms=sum(linear.num_experts or 1 for linear in linears if linear.is_quantized),
+        moe_form=moe_form,
+        num_conditionals=branches,
+        num_collectives=collectives,
+        outputs=outputs,
+        forecast=forecast(plan, segment, phase, limits, moe_form, embedded),
+        embedded=embedded,
+    )
+
+
+def verify_plan(name: str, text: PlanText, expected: Expectation) -> dict[str, Any]:
+    """Raise `CheckFailed` with every difference; otherwise what was found, for the plan's record."""
+    problems = [*_memory_problems(text, expected)]
+    for i, program in enumerate(text.programs):
+        problems += [f"profile {i}: {problem}" for problem in _program_problems(program, expected)]
+    if problems:
+        raise CheckFailed(f"plan {name} is not what was asked:" + "".join(f"\n  - {problem}" for problem in problems))
+    return {
+        "targets": list(text.programs[0].targets),
+        "world_size": text.programs[0].world_size,
+        "gemms": [_count(program) for program in text.programs],
+        "num_collectives": text.programs[0].num_collectives,
+        "conditional_jumps": text.programs[0].num_conditional_jumps,
+        "stream_capturable": all(program.stream_capturable for program in text.programs),
+        "scratch_bytes": list(text.scratch_bytes),
+        "scratch_forecast": list(expected.forecast.scratch),
+        "weight_bytes": text.weight_bytes,
+        "weight_forecast": expected.forecast.weights,
+    }
+
+
+def _memory_problems(text: PlanText, expected: Expectation) -> Iterator[str]:
+    if len(text.programs) != len(expected.forecast.scratch) or len(text.scratch_bytes) != len(text.programs):
+        yield (
+            f"asked for {len(expected.forecast.scratch)} profiles, found {len(text.programs)} programs and "
+            f"{len(text.scratch_bytes)} scratch sizes in the log"
+        )
+        return
+    for i, (found, asked) in enumerate(zip(text.scratch_bytes, expected.forecast.scratch, strict=True)):
+        if found > SCRATCH_TOLERANCE * asked:
+            yield (
+                f"profile {i}: scratch is {found:,} bytes, forecast {asked:,} "
+                f"(weights may have been unpacked; at most {SCRATCH_TOLERANCE} times the forecast is allowed)"
+            )
+    most = WEIGHT_TOLERANCE * expected.forecast.weights + SMALL_CONSTANTS
+    if text.weight_bytes > most:
+        yield (
+            f"weights in the plan are {text.weight_bytes:,} bytes, forecast {expected.forecast.weights:,} "
+            f"from {expected.precision}"
+        )
+    if expected.embedded and text.weight_bytes < expected.forecast.weights / WEIGHT_TOLERANCE - SMALL_CONSTANTS:
+        yield f"weights in the plan are only {text.weight_bytes:,} bytes of {expected.forecast.weights:,}"
+
+
+def _program_problems(program: Program, expected: Expectation) -> Iterator[str]:
+    if set(program.targets) != set(expected.targets):
+        yield f"asked for targets {' '.join(expected.targets)}, found {' '.join(program.targets)}"
+    if program.world_size != expected.world_size:
+        yield f"asked for a world size of {expected.world_size}, found {program.world_size}"
+    if program.num_collectives != expected.num_collectives:
+        yield f"asked for {expected.num_collectives} collectives, found {program.num_collectives}"
+    yield from _gemm_problems(program, expected)
+    yield from _moe_problems(program, expected)
+    missing = set(expected.outputs) - {output.removesuffix(" [profile 1]") for output in program.outputs}
+    if missing:
+        yield f"outputs {sorted(missing)} are missing"
+
+
+def _gemm_problems(program: Program, expected: Expectation) -> Iterator[str]:
+    """fp8 shows in both operands. int4 and int8 multiply 16-bit activations; that they stay packed shows in memory."""
+    found = sum(operands[:2] == ("fp8_e4m3", "fp8_e4m3") for operands in program.gemms)
+    asked = expected.num_quantized_gemms if expected.precision == "fp8" else 0
+    if found != asked:
+        yield f"asked for {asked} fp8 matrix multiplies, found {found} among {_count(program)}"
+    total = len(program.gemms)
+    # int8 layers that share an input become one multiply.
+    if expected.precision != "int8" and total < expected.num_quantized_gemms:
+        yield f"asked for {expected.num_quantized_gemms} matrix multiplies of {expected.precision}, found {total}"
+
+
+def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
+    """A conditional leaves one `cjmp` and two `jmp`; a loop leaves `cjmp` alone."""
+    form = "routed" if program.num_conditional_jumps and not program.num_jumps else "conditional"
+    form = form if program.num_conditional_jumps else None
+    asked = None if expected.moe_form == "dense" else expected.moe_form
+    if form != asked:
+        yield f"asked for experts in the form {expected.moe_form or 'none'}, found {form or 'no conditional execution'}"
+    elif program.num_conditional_jumps < expected.num_conditionals:
+        found = program.num_conditional_jumps
+        yield f"asked for {expected.num_conditionals} experts' branches, found {found} conditional jumps"
+
+
+def _count(program: Program) -> dict[str, int]:
+    return dict(Counter(" x ".join(operands[:2]) for operands in program.gemms))
