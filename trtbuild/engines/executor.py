@@ -15,8 +15,8 @@ class Executor(Protocol):
     """Runs an engine over slots: linear KV caches of `max_seq_len` tokens each.
 
     A step is either `decode` (one token for each given slot) or one slot's `prefill` chunk of at most `chunk_size`
-    tokens. The executor keeps no notion of a request: the caller says where in the slot a chunk begins, and whatever
-    the slot held before that position stays valid (prefix reuse), after it is overwritten.
+    tokens. The executor keeps no notion of a request: the caller says where in the slot a chunk begins. What the slot
+    held before that position stays valid (prefix reuse); what it held after is stale, so padding may be written there.
     """
 
     name: Literal["reference", "tensorrt"]
@@ -39,7 +39,10 @@ class Executor(Protocol):
         ...
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """One token for each of `slots` (distinct), at its position; float32 logits [len(slots), vocab_size]."""
+        """One token for each of `slots` (distinct), at its position; float32 logits [len(slots), vocab_size].
+
+        Slots that are not listed keep what they hold, though a step on a device may cover them all.
+        """
         ...
 
     def close(self) -> None:
