@@ -56,11 +56,11 @@ def describe_plan(plan: dict[str, Any]) -> str:
     gemms = Counter[str]()
     for profile in found["gemms"]:
         gemms.update(profile)
-    parts = [f"{plan['file']:32}", f"{plan['size'] / 2**20:6.2f} MiB", f"scratch {_mib(plan['scratch_bytes'])}"]
-    parts += [f"GEMMs {', '.join(f'{count} {types}' for types, count in sorted(gemms.items()))}"] if gemms else []
-    parts += [f"MoE {plan['moe_form']}"] if plan["moe_form"] else []
+    parts = [f"{plan['file']:36} {_mib(plan['size']):>10}", f"scratch {_mib(plan['scratch_bytes']):>10}"]
     parts += [f"world size {found['world_size']}"] if found["world_size"] else []
-    return ", ".join(parts)
+    parts += [f"MoE {plan['moe_form']}"] if plan["moe_form"] else []
+    parts += [f"GEMMs {', '.join(f'{count} {types}' for types, count in sorted(gemms.items()))}"] if gemms else []
+    return "  ".join(parts)
 
 
 def _precisions(tensors: dict[str, Any]) -> dict[str, int]:
