@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 trtbuild=.venv/bin/trtbuild
 
-say() { printf '\n$ %s\n' "trtbuild ${*@Q}"; "$trtbuild" "$@"; }
+say() { printf '\n$ trtbuild'; printf ' %q' "$@"; printf '\n'; "$trtbuild" "$@"; }
 
 say compile tiny-mixtral --tp 2 --moe-ep 2 --precision fp8
 say compile tiny-mixtral --tp 2 --precision int4

@@ -53,8 +53,13 @@ def measure(repeat: int) -> dict[str, list[float]]:
 def machine() -> dict[str, str | int | None]:
     packages = ("torch", "tensorrt-rtx-cu12", "transformers", "trtbuild")
     versions = {name: version(name) for name in packages}
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **versions,
