@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
@@ -22,6 +22,9 @@ from trtbuild.workspace import digest_of, read_json
 
 if TYPE_CHECKING:
     import torch
+
+# Reads a tensor of one rank by its rank-checkpoint name.
+WeightReader: TypeAlias = "Callable[[str], torch.Tensor]"
 
 FORMAT_VERSION = 1
 AUTHORITY = "trtbuild.json"
@@ -148,7 +151,7 @@ class RankCheckpoint:
         """A view of the rank file."""
         return self._mapped[rank].tensor(name)
 
-    def reader(self, rank: int) -> Callable[[str], torch.Tensor]:
+    def reader(self, rank: int) -> WeightReader:
         """Reads one rank's tensors by name."""
         return lambda name: self.tensor(rank, name)
 
@@ -163,7 +166,7 @@ class RankCheckpoint:
                 raise CheckpointError(f"{file}: tensor {name!r} is {found.get(name)}, expected {expected.get(name)}")
 
 
-def open_rank(directory: Path, rank: int) -> Callable[[str], torch.Tensor]:
+def open_rank(directory: Path, rank: int) -> WeightReader:
     """The reader of one rank, for a process that builds its plans."""
     return RankCheckpoint.open(directory).reader(rank)
 

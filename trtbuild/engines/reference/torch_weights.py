@@ -7,19 +7,16 @@ difference remains in 16 bit: an fp8 product is rounded here before it is scaled
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from trtbuild.checkpoints.quantization import unpack_int4
+from trtbuild.checkpoints.quantization import FP8_MAX, unpack_int4
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
-
-WeightReader = Callable[[str], torch.Tensor]
 
 # A power of two that keeps products of stored values inside fp16's range; exact, so it changes no float32 result.
 FP8_UNIT = 2.0**-9
-FP8_MAX = 448.0
 
 
 @dataclass

@@ -6,18 +6,16 @@ feeds the constants of a plan whose weights are embedded, so that both forms hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.network.segments import Segment
 
 if TYPE_CHECKING:
     import torch
-
-# Reads a tensor of one rank by its rank-checkpoint name.
-WeightReader = Callable[[str], "torch.Tensor"]
 
 Role = Literal["step", "weight", "cache", "output"]
 

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
 
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import RankPlan
-from trtbuild.engines.tensorrt.bindings import WeightReader
 from trtbuild.engines.tensorrt.plan_record import PlanRecord
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, PlanTask, plan_tasks
 from trtbuild.errors import EngineBuildError, TrtBuildError

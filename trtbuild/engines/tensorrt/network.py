@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import tensorrt_rtx as trt
 
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.decoder import define_segment
 from trtbuild.engines.network.segments import Segment
-from trtbuild.engines.tensorrt.bindings import Binding, WeightReader
+from trtbuild.engines.tensorrt.bindings import Binding
 from trtbuild.engines.tensorrt.experts import MoeForm, choose_form
 from trtbuild.engines.tensorrt.graph import Graph
 from trtbuild.engines.tensorrt.log import build_log

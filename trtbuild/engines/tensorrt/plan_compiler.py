@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from trtbuild.engines.tensorrt.bindings import WeightReader
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.engines.tensorrt.log import build_log
 from trtbuild.engines.tensorrt.network import BuiltNetwork, build_network, builder_config
 from trtbuild.engines.tensorrt.plan_reader import read_plan

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorrt_rtx as trt
 
+from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, TensorSpec
 from trtbuild.engines.network.segments import Segment
-from trtbuild.engines.tensorrt.bindings import STORED_TYPES, Binding, Transform, WeightReader, WeightSource, bind_weight
+from trtbuild.engines.tensorrt.bindings import STORED_TYPES, Binding, Transform, WeightSource, bind_weight
 from trtbuild.engines.tensorrt.graph import NONE, TRANSPOSE, Graph
 from trtbuild.errors import EngineBuildError
 
