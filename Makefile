@@ -44,7 +44,7 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	  $(BIN)/python -m pip install -q torch==$(TORCH); \
 	else \
 	  $(BIN)/python -m pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || { $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
+	  || { $(BIN)/python -m pip install -q uv && UV_HTTP_TIMEOUT=20 $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH); } \
 	  || $(BIN)/python -m pip install -q torch==$(TORCH); \
 	fi
 	$(BIN)/python -m pip install -q -e '.[rtx,gpu,test]'
