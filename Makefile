@@ -25,7 +25,7 @@ soak: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[dev]'
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . ; $(BIN)/pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 venv: $(VENV)/.ready
 

@@ -56,6 +56,12 @@ def test_doctor_reports_the_builder_and_never_calls_the_reference_executor_tenso
         (["compile", "tiny-mixtral", "--kv-cache", "fp8"], 3, ["--kv-cache fp8", "--kv-cache auto"]),
         (["compile", "tiny-mixtral", "--precision", "int4", "--plan-only"], 3, ["int4", "--plan-only"]),
         (["compile", "tiny-mixtral", "--max-seq-len", "1024"], 3, ["--max-seq-len 1024", "512"]),
+        (["convert", "tiny-mixtral", "--moe-ep", "4"], 3, ["--moe-ep 4 does not divide --tp 1"]),
+        (["compile", "tiny-mixtral", "--target", "sm89,"], 3, ["target", "sm89,sm120"]),
+        (["compile", "tiny-mixtral", "--calib-data", "README.md"], 3, ["--calib-data is for fp8"]),
+        (["convert", "tiny-mixtral", "--name", "README.md", "--force"], 3, ["'README.md'"]),
+        (["convert", "tiny-mixtral", "--name", "mine.toml", "--force"], 3, ["'mine.toml'"]),
+        (["convert", str(Path(__file__))], 3, ["is a file"]),
         (["generate", "nothing-here", "hello"], 3, ["nothing-here", "trtbuild compile"]),
     ],
 )
@@ -76,7 +82,7 @@ def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trtbuild.catalog.print_models", interrupted)
     result = run("models")
     assert result.exit_code == 130
-    assert "the same command goes on" in result.output
+    assert "goes on where it was" in result.output
 
 
 def test_convert_twice_then_another_request(tmp_path: Path) -> None:
@@ -94,8 +100,35 @@ def test_convert_twice_then_another_request(tmp_path: Path) -> None:
     assert forced.exit_code == 0
 
 
+def test_force_replaces_only_what_trtbuild_made(tmp_path: Path) -> None:
+    mine = tmp_path / "build" / "tiny-qwen2-bf16-tp1"
+    mine.mkdir(parents=True)
+    (mine / "notes").write_text("mine")
+    result = run("convert", "tiny-qwen2", "--force", "--workspace", str(tmp_path))
+    assert result.exit_code == 3
+    assert "was not made by trtbuild" in result.output
+    assert (mine / "notes").read_text() == "mine"
+
+
+def test_an_operating_system_error_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "build").write_text("a file")
+    result = run("convert", "tiny-qwen2", "--workspace", str(tmp_path))
+    assert result.exit_code == 1
+    assert "error:" in result.output
+    assert "build" in result.output
+
+
+def test_an_unknown_recipe_key_lists_the_known_ones(tmp_path: Path) -> None:
+    recipe = tmp_path / "wrong.toml"
+    recipe.write_text('model = "tiny-qwen2"\nprecison = "fp8"\n')
+    result = run("convert", str(recipe), "--workspace", str(tmp_path))
+    assert result.exit_code == 3
+    assert "'precison'" in result.output
+    assert "precision" in result.output
+
+
 def test_recipe_file_with_flags_on_top(tmp_path: Path) -> None:
     recipe = tmp_path / "small.toml"
-    recipe.write_text('model = "tiny-qwen2"\ntp = 2\nprecision = "int8"\n')
+    recipe.write_text('model = "tiny-qwen2"\ntp = 2\nprecision = "int8"\ntarget = "sm89, sm120"\n')
     result = run("convert", str(recipe), "--precision", "fp16", "--workspace", str(tmp_path), "--json")
     assert json.loads(result.stdout)["directory"].endswith("build/tiny-qwen2-fp16-tp2")

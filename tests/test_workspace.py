@@ -73,7 +73,7 @@ def test_another_request_is_refused_and_the_difference_shown(tmp_path: Path) -> 
 def test_a_directory_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "precious").write_text("1")
-    with pytest.raises(Refused, match="made for another request"):
+    with pytest.raises(Refused, match="was not made by trtbuild"):
         build(tmp_path / "x", "first")
     assert (tmp_path / "x" / "precious").read_text() == "1"
 

@@ -1,3 +1,3 @@
-"""trtbuild: Hugging Face checkpoints to TensorRT engines, served by Triton, measured."""
+"""trtbuild: Hugging Face checkpoints to TensorRT engines that answer."""
 
 __version__ = "0.1.0"

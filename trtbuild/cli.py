@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from trtbuild import __version__
+from trtbuild.errors import TrtBuildError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,14 +31,19 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on where it was", err=True)
+            click.echo("interrupted; a convert or compile goes on where it was when given again", err=True)
             ctx.exit(130)
+        except OSError as error:
+            # click itself ends quietly where the reader of a pipe has gone.
+            if error.errno == errno.EPIPE:
+                raise
+            raise TrtBuildError(f"{error.filename or 'output'}: {error.strerror}") from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="trtbuild")
 def main() -> None:
-    """Hugging Face checkpoints to TensorRT engines, served by Triton, measured.
+    """Hugging Face checkpoints to TensorRT engines that answer.
 
     MODEL is a known name (see `trtbuild models`), a hub id, a local directory, or a recipe file (*.toml).
     """
@@ -73,7 +80,10 @@ def _engine_options(command: F) -> F:
         click.option("--max-seq-len", type=int, metavar="N", help="[default: the model's, at most 4096]"),
         click.option("--chunk-size", type=int, metavar="N", help="Tokens of a prefill step.  [default: 512]"),
         click.option(
-            "--segment-layers", type=int, metavar="N", help="Decoder layers in a plan.  [default: by experts]"
+            "--segment-layers",
+            type=int,
+            metavar="N",
+            help="Decoder layers in a plan.  [default: up to 8]",
         ),
         click.option(
             "--moe-form", type=click.Choice(["auto", "conditional", "routed", "dense"]), help="[default: auto]"
@@ -160,8 +170,6 @@ def _recipe(model: str, flags: dict[str, Any]) -> Any:
     from trtbuild.recipe import Recipe
 
     given = {key: value for key, value in flags.items() if value is not None}
-    if "target" in given:
-        given["target"] = tuple(part for part in given["target"].split(",") if part)
     if model.endswith(".toml"):
         return Recipe.read(Path(model), **given)
     return Recipe.create(model=model, **given)
@@ -208,6 +216,8 @@ def generate(
     from trtbuild.progress import terminal_progress
     from trtbuild.workspace import Workspace
 
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs is printed with --json only")
     engine, params = Workspace(workspace).engine(name), SamplingParams(**sampling)
     run(engine, prompt, params, chat=chat, dtype=dtype, threads=threads, as_json=as_json, progress=terminal_progress)
 

@@ -120,7 +120,7 @@ def _tensorrt_rtx() -> Finding:
 def _tensorrt_llm() -> Finding:
     version = _installed("tensorrt_llm")
     if version is None:
-        return Finding("TensorRT-LLM", "info", "not installed; only the tensorrt-llm builder would need it")
+        return Finding("TensorRT-LLM", "info", "not installed; no builder of this version needs it")
     return Finding("TensorRT-LLM", "ok", version)
 
 

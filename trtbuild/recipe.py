@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import PrecisionName
@@ -48,9 +48,23 @@ class Recipe(BaseModel):
     embed_weights: bool = False
     plan_only: bool = False
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """As on the command line: sm89,sm120."""
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(","))
+        if not all(parts):
+            raise ValueError("must be compute capabilities separated by commas, such as sm89,sm120")
+        return parts
+
     @classmethod
     def read(cls, file: Path, **overrides: Any) -> Recipe:
-        """A recipe file, with flags on top. A relative `model` or `calib_data` is relative to the file."""
+        """A recipe file, with flags on top.
+
+        A relative `model` or `calib_data` that exists beside the file is meant; otherwise it is as on the command line.
+        """
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -59,6 +73,10 @@ class Recipe(BaseModel):
             value = content.get(key)
             if isinstance(value, str) and (file.parent / value).exists():
                 content[key] = str(file.parent / value)
+        unknown = sorted(set(content) - set(cls.model_fields))
+        if unknown or "model" not in content:
+            problem = f"unknown key {unknown[0]!r}" if unknown else "no model"
+            raise Refused(f"recipe {file}: {problem}; keys: {', '.join(cls.model_fields)}")
         return cls.create(**{**content, **overrides})
 
     @classmethod
@@ -80,7 +98,8 @@ class Recipe(BaseModel):
         if self.name:
             return check_name(self.name)
         layout = self.layout
-        model = Path(self.model).name.lower()
+        directory = Path(self.model).expanduser()
+        model = (directory.resolve() if directory.is_dir() else directory).name.lower()
         parts = [model, self.precision, f"tp{layout.tp}"]
         parts += [f"ep{layout.moe_ep}"] if layout.moe_ep > 1 else []
         parts += [f"pp{layout.pp}"] if layout.pp > 1 else []

@@ -32,21 +32,23 @@ def print_engine(report: CompileReport, as_json: bool) -> None:
         click.echo(json.dumps({"directory": str(report.directory), "seconds": report.seconds, "passport": passport}))
         return
     layout, limits, targets = passport["layout"], passport["limits"], ", ".join(passport["targets"])
-    click.echo(f"engine     {report.directory}")
+    click.echo(f"engine     {report.directory}" + ("" if report.built else " (already built, unchanged)"))
     click.echo(f"  model    {passport['source']['model']} ({passport['model']['architecture']})")
     click.echo(f"  layout   tp {layout['tp']}, pp {layout['pp']}, moe-tp {layout['moe_tp']}, moe-ep {layout['moe_ep']}")
     click.echo(
         f"  limits   {limits['max_batch_size']} slots of {limits['max_seq_len']} tokens, "
-        f"chunks of {limits['chunk_size']}"
+        f"prompts up to {limits['max_input_len']}, chunks of {limits['chunk_size']}"
     )
     if passport["tensors"]:
-        click.echo(f"  weights  {_describe_precisions(_precisions(passport['tensors']))}")
+        click.echo(f"  weights  linear layers: {_describe_precisions(_precisions(passport['tensors']))}")
     builder = passport["builder"]
     click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}")
     for plan in passport["plans"]:
         click.echo(f"           {describe_plan(plan)}")
     click.echo(f"  took     {report.seconds:.1f} s")
-    if passport["tensors"]:
+    if not any("tokenizer/tokenizer" in file for file in passport["digests"]["tokenizer"]):
+        click.echo("  note     the checkpoint has no tokenizer: prompts must be token ids")
+    elif passport["tensors"]:
         click.echo(f'next: trtbuild generate {passport["name"]} "a prompt"')
 
 

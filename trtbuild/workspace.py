@@ -21,6 +21,8 @@ from typing import Any
 from trtbuild.errors import CheckpointError, Refused
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Recipes, READMEs and container files live in the stage folders too.
+_EDITED_FILES = (".toml", ".md", ".yaml", "dockerfile")
 REQUEST_FILE = "request.json"
 
 
@@ -52,6 +54,8 @@ class Workspace:
 
 def check_name(name: str) -> str:
     """A NAME is a file name, nothing more: letters, digits, dot, underscore, hyphen."""
+    if name.lower().endswith(_EDITED_FILES):
+        raise Refused(f"name {name!r}: names of files that a person keeps beside the results are not for results")
     if not _NAME.fullmatch(name):
         raise Refused(
             f"name {name!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 128"
@@ -96,10 +100,13 @@ def staged(final: Path, request: dict[str, Any], *, force: bool = False) -> Iter
     final.parent.mkdir(parents=True, exist_ok=True)
     digest = digest_of(request)
     with _locked(final.with_name(f".{final.name}.lock"), final):
-        if final.exists() and not force:
-            _check_same_request(final, digest, request)
-            yield None
-            return
+        if final.exists():
+            if not (final / REQUEST_FILE).is_file():
+                raise Refused(f"{final} is there and was not made by trtbuild; choose another --name")
+            if not force:
+                _check_same_request(final, digest, request)
+                yield None
+                return
         partial = final.with_name(f".{final.name}.partial")
         marker = partial / REQUEST_FILE
         if partial.exists() and not (marker.is_file() and read_json(marker).get("digest") == digest):
@@ -112,8 +119,7 @@ def staged(final: Path, request: dict[str, Any], *, force: bool = False) -> Iter
 
 
 def _check_same_request(final: Path, digest: str, request: dict[str, Any]) -> None:
-    marker = final / REQUEST_FILE
-    before = read_json(marker) if marker.is_file() else {}
+    before = read_json(final / REQUEST_FILE)
     if before.get("digest") == digest:
         return
     old = before.get("request", {})

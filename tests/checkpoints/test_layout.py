@@ -35,8 +35,8 @@ def test_what_is_not_given_follows(asked: tuple[int, int, int | None, int | None
     ("asked", "message"),
     [
         ((4, 1, 2, 4), "--moe-tp 2 x --moe-ep 4 is 8, but must equal --tp 4"),
-        ((4, 1, 3, None), "--moe-tp 3 x --moe-ep 1 is 3, but must equal --tp 4"),
-        ((4, 1, None, 3), "--moe-ep 3 is 3, but must equal --tp 4"),
+        ((4, 1, 3, None), "--moe-tp 3 does not divide --tp 4"),
+        ((4, 1, None, 3), "--moe-ep 3 does not divide --tp 4"),
         ((0, 1, None, None), "--tp 0: must be at least 1"),
         ((1, -1, None, None), "--pp -1: must be at least 1"),
         ((2, 1, 0, None), "--moe-tp 0: must be at least 1"),

@@ -65,9 +65,11 @@ def test_weights_are_hard_links_of_the_rank_checkpoint(mixtral_fp8: CompileRepor
 
 def test_the_same_request_builds_nothing(mixtral_fp8: CompileReport) -> None:
     before = {file: file.stat().st_mtime_ns for file in mixtral_fp8.directory.rglob("*")}
+    assert mixtral_fp8.built
     again = compile_small(mixtral_fp8.directory.parents[1], "tiny-mixtral", precision="fp8", tp=2, moe_ep=2)
     assert {file: file.stat().st_mtime_ns for file in mixtral_fp8.directory.rglob("*")} == before
     assert again.passport == mixtral_fp8.passport
+    assert not again.built
     with pytest.raises(Refused, match=r"targets: \['sm89'\] -> \['sm89', 'sm120', 'sm121'\]"):
         fields = {**SMALL, "target": (), "precision": "fp8", "tp": 2, "moe_ep": 2}
         job = Job.resolve(Recipe.create(model="tiny-mixtral", **fields))
@@ -104,6 +106,20 @@ def test_a_damaged_engine_is_named_with_the_way_back(mixtral_fp8: CompileReport,
         Passport.open(copy)
 
 
+def test_changed_tokenizer_and_lost_files_are_noticed(tmp_path: Path) -> None:
+    """An engine that is there is not called done because its request once was."""
+    model = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(TINY_QWEN2), str(model)], check=True)
+    report = compile_small(tmp_path, str(model))
+    (report.directory / "rank0.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank0.safetensors is missing; rebuild: trtbuild compile .* --force"):
+        compile_small(tmp_path, str(model))
+    generation = model / "generation_config.json"
+    generation.write_text(generation.read_text().replace("2", "3"))
+    with pytest.raises(Refused, match="tokenizer: "):
+        compile_small(tmp_path, str(model))
+
+
 def test_int4_is_embedded_per_rank_and_packed(tmp_path: Path) -> None:
     report = compile_small(tmp_path, "tiny-qwen2", precision="int4", tp=2)
     decoders = [plan for plan in report.passport["plans"] if plan["kind"] == "decoder"]
@@ -119,7 +135,7 @@ def test_plan_only_needs_no_weights_and_cannot_run(tmp_path: Path) -> None:
     report = compile_small(tmp_path, str(config_only), precision="fp8", tp=2, plan_only=True)
     assert not (tmp_path / "build").exists()
     assert not report.passport["digests"]["weights"]
-    with pytest.raises(Refused, match="--plan-only and has no weights"):
+    with pytest.raises(Refused, match=r"--plan-only and has no weights; to run it: (?!.*--plan-only).* --force"):
         load_engine(report.directory)
 
 

@@ -32,6 +32,9 @@ class Layout:
         for flag, value in (("--tp", tp), ("--pp", pp), ("--moe-tp", moe_tp), ("--moe-ep", moe_ep)):
             if value is not None and value < 1:
                 raise Refused(f"{flag} {value}: must be at least 1")
+        for flag, value in (("--moe-tp", moe_tp), ("--moe-ep", moe_ep)):
+            if value is not None and tp % value:
+                raise Refused(f"{flag} {value} does not divide --tp {tp}; the experts are shared out inside --tp ranks")
         if moe_tp is None and moe_ep is None:
             moe_tp, moe_ep = tp, 1
         elif moe_tp is None:

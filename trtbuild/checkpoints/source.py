@@ -15,6 +15,7 @@ from trtbuild.checkpoints.known_models import KNOWN_MODELS, bundled_directory
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, read_header, sampled_digest
 from trtbuild.errors import CheckpointError, Refused
+from trtbuild.workspace import digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,13 @@ class CheckpointSource:
         config = (self.directory / "config.json").read_bytes()
         has_weights = any(self.directory.glob("*.safetensors"))
         return hashlib.sha256(config + (sampled_digest(self.entries) if has_weights else "").encode()).hexdigest()
+
+    @property
+    def companions_digest(self) -> str:
+        """Identifies tokenizer, chat template and generation config, which an engine takes along."""
+        files = (self.directory / name for name in COMPANION_FILES)
+        contents = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+        return digest_of(contents)
 
     @property
     def license(self) -> str | None:
@@ -175,7 +183,13 @@ def _mlp_shapes(name: str, size: int, hidden: int, *, bias: bool) -> dict[str, t
 def _resolve(model: str, revision: str | None) -> tuple[Path, str | None]:
     local = Path(model).expanduser()
     if local.is_dir():
+        if (local / "trtbuild.json").is_file() or (local / "engine.json").is_file():
+            raise Refused(f"model {model!r} is a result of trtbuild, not a Hugging Face checkpoint")
+        if revision is not None:
+            raise Refused(f"--revision {revision} is for hub models; {model!r} is a directory")
         return local.resolve(), None
+    if local.is_file():
+        raise Refused(f"model {model!r} is a file; name its directory, or a recipe (*.toml)")
     if model in KNOWN_MODELS:
         known = KNOWN_MODELS[model]
         bundled = bundled_directory(model)

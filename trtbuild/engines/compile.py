@@ -79,6 +79,7 @@ class Job:
         """What identifies the engine: the same request is the same engine."""
         return {
             "source": self.source.digest,
+            "tokenizer": self.source.companions_digest,
             "layout": asdict(self.layout),
             "precision": asdict(self.precision),
             "limits": asdict(self.limits),
@@ -105,11 +106,12 @@ class Job:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What `trtbuild compile` tells at its end."""
+    """What `trtbuild compile` tells at its end; `built` is False where the engine was there already."""
 
     directory: Path
     passport: dict[str, Any]
     seconds: float
+    built: bool
 
 
 def convert_model(
@@ -151,7 +153,10 @@ def compile_engine(
             _copy_companions(job.source, directory / TOKENIZER_DIRECTORY)
             built = _build_plans(job, checkpoint, directory / PLAN_DIRECTORY, workers, progress)
             write_json(directory / PASSPORT, _passport(job, checkpoint, directory, built))
-    return CompileReport(final, Passport.open(final).data, time.monotonic() - started)
+    passport = Passport.open(final)
+    if directory is None:
+        passport.check_files()
+    return CompileReport(final, passport.data, time.monotonic() - started, built=directory is not None)
 
 
 def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
@@ -170,6 +175,8 @@ def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
             "--plan-only compiles without weights, but int4 (and --embed-weights) puts them into the plan: TensorRT "
             "unpacks int4 inputs to fp16; use another --precision, or compile with the weights"
         )
+    if recipe.calib_data and recipe.precision != "fp8":
+        yield f"--calib-data is for fp8; --precision {recipe.precision} is not calibrated"
     longest = _longest_sequence(config)
     if recipe.max_seq_len and recipe.max_seq_len > longest:
         yield f"--max-seq-len {recipe.max_seq_len}: the model's positions end at {longest}"

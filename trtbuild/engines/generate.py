@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,12 @@ def generate(
     with progress(f"loading {engine_dir.name}", 1):
         started_worker = start_worker(engine_dir, slots=1, dtype=dtype, threads=threads)
     with started_worker as worker, worker.connect() as client:
-        started = time.monotonic()
-        first_token = None
         output = RequestOutput("generate")
         for event in client.generate([{"role": "user", "content": prompt}] if chat else prompt, params):
-            first_token = first_token or time.monotonic()
             output.add(event)
             if not as_json:
                 click.echo(event.text, nl=False)
-        record = _measure(worker.hello, output, started, first_token or started)
+        record = _measure(worker.hello, output)
     if output.error:
         raise TrtBuildError(f"{engine_dir.name}: {output.error}")
     if as_json:
@@ -56,15 +52,17 @@ def generate(
     return output
 
 
-def _measure(hello: dict[str, Any], output: RequestOutput, started: float, first_token: float) -> dict[str, Any]:
-    count = len(output.token_ids)
-    decoding = time.monotonic() - first_token
+def _measure(hello: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
+    """Times by the worker's clock: tokens may reach this process in bursts."""
+    count, usage = len(output.token_ids), output.usage
+    ttft = usage.ttft_s if usage else None
+    decoding = usage.total_s - ttft if usage and ttft is not None else 0.0
     return {
         "executor": hello["executor"],
-        "device": hello.get("device", "cpu"),
+        "device": hello["device"],
         "finish_reason": output.finish_reason,
         "num_tokens": count,
-        "ttft_s": round(first_token - started, 4),
+        "ttft_s": None if ttft is None else round(ttft, 4),
         "tokens_per_s": round((count - 1) / decoding, 2) if count > 1 and decoding > 0 else None,
     }
 
@@ -74,5 +72,5 @@ def _describe(record: dict[str, Any]) -> str:
         record["executor"], record["executor"]
     )
     speed = f", {record['tokens_per_s']} tokens/s" if record["tokens_per_s"] else ""
-    first = f"first after {record['ttft_s']:.2f} s"
-    return f"[{name}: {record['num_tokens']} tokens, {first}{speed}; ended by {record['finish_reason']}]"
+    first = "" if record["ttft_s"] is None else f", first after {record['ttft_s']:.2f} s"
+    return f"[{name}: {record['num_tokens']} tokens{first}{speed}; ended by {record['finish_reason']}]"

@@ -46,6 +46,7 @@ def load_engine(engine_dir: Path, num_slots: int | None = None, dtype: str | Non
     type of the reference executor. Raises Refused or CheckpointError before any weight is read.
     """
     passport = Passport.open(engine_dir)
+    passport.check_runnable()
     passport.check_files()
     checkpoint = RankCheckpoint.open(engine_dir)
     if dtype is not None and dtype not in DTYPES:

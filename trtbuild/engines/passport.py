@@ -81,11 +81,15 @@ class Passport:
     def tokenizer_directory(self) -> Path:
         return self.directory / TOKENIZER_DIRECTORY
 
+    def check_runnable(self) -> None:
+        """Raises Refused for an engine without weights."""
+        if not self.has_weights:
+            command = self.rebuild.replace(" --plan-only", "")
+            raise Refused(f"{self.name} was compiled with --plan-only and has no weights; to run it: {command} --force")
+
     def check_files(self) -> None:
         """Compare every file with its digest; raises CheckpointError that names the first that differs."""
-        if not self.has_weights:
-            raise Refused(f"{self.name} was compiled with --plan-only and has no weights; to run it: {self.rebuild}")
-        found = file_digests(self.directory, self.layout, self.data["plans"])
+        found = file_digests(self.directory, self.layout, self.data["plans"], weights=self.has_weights)
         for group, files in self.data["digests"].items():
             if not isinstance(files, dict):
                 continue

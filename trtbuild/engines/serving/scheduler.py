@@ -187,7 +187,7 @@ class Scheduler:
         if length > limit:
             return (
                 f"the prompt has {length} tokens, at most {limit} are accepted "
-                f"(the engine's max_seq_len is {self._executor.max_seq_len}, answer included)"
+                f"(max_input_len; prompt and answer together: max_seq_len {self._executor.max_seq_len})"
             )
         vocab = self._executor.vocab_size
         bad = next((i for i in request.token_ids if not 0 <= i < vocab), None)
