@@ -18,7 +18,7 @@ def test_file_with_flags_on_top(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("x")
     file = tmp_path / "r.toml"
     file.write_text(
-        'model = "hf"\nprecision = "fp8"\ntp = 4\nmoe_ep = 2\ncalib_data = "text.txt"\ntarget = ["sm89", "sm120"]\n'
+        'model = "./hf"\nprecision = "fp8"\ntp = 4\nmoe_ep = 2\ncalib_data = "./text.txt"\ntarget = ["sm89", "sm120"]\n'
     )
     recipe = Recipe.read(file, tp=2, name="mine")
     assert recipe.model == str(tmp_path / "hf")

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     def read(cls, file: Path, **overrides: Any) -> Recipe:
         """A recipe file, with flags on top.
 
-        A relative `model` or `calib_data` that exists beside the file is meant; otherwise it is as on the command line.
+        A `model` or `calib_data` that begins with ./ or ../ is relative to the file.
         """
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ class Recipe(BaseModel):
             raise Refused(f"recipe {file}: {error}") from error
         for key in ("model", "calib_data"):
             value = content.get(key)
-            if isinstance(value, str) and (file.parent / value).exists():
+            if isinstance(value, str) and value.startswith(("./", "../")):
                 content[key] = str(file.parent / value)
         unknown = sorted(set(content) - set(cls.model_fields))
         if unknown or "model" not in content:
