@@ -163,4 +163,7 @@ def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
 
 
 def _count(program: Program) -> dict[str, int]:
-    return dict(Counter(" x ".join(operands[:2]) for operands in program.gemms))
+    """How many multiplies have which operand types; of a fused dequantization, the packed weight's type counts."""
+    packed = ("int4", "int8")
+    pairs = ((types[0], next((t for t in types if t in packed), types[:2][-1])) for types in program.gemms if types)
+    return dict(Counter(" x ".join(pair) for pair in pairs))
