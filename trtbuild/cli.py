@@ -167,7 +167,7 @@ def compile(model: str, workspace: Path, workers: int | None, force: bool, as_js
 
 
 def _recipe(model: str, flags: dict[str, Any]) -> Any:
-    from trtbuild.recipe import Recipe
+    from trtbuild.engines.recipe import Recipe
 
     given = {key: value for key, value in flags.items() if value is not None}
     if model.endswith(".toml"):

@@ -18,8 +18,8 @@ from trtbuild.cli import main
 from trtbuild.engines.compile import CompileReport, Job, compile_engine
 from trtbuild.engines.load import load_engine
 from trtbuild.engines.passport import Passport
+from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import CheckpointError, Refused
-from trtbuild.recipe import Recipe
 from trtbuild.workspace import Workspace
 
 SMALL = {"target": ("sm89",), "max_batch_size": 2, "max_seq_len": 128, "chunk_size": 64}

@@ -133,10 +133,6 @@ class RankPlan:
         plain = tuple(t for t in self.plain if t.spec.name.startswith("transformer.layers."))
         return replace(self, plain=plain)
 
-    @cached_property
-    def linear_by_name(self) -> dict[str, Linear]:
-        return {linear.name: linear for linear in self.linears}
-
 
 def plan_rank(config: ModelConfig, layout: RankLayout, precision: Precision) -> RankPlan:
     """The tensors of one rank; raises `Refused` where int4 finds no group that fits."""

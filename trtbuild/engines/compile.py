@@ -30,12 +30,12 @@ from trtbuild.engines.passport import (
     Passport,
     file_digests,
 )
+from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt.builder import build_plans
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, library_version, plan_tasks
 from trtbuild.engines.tensorrt.targets import resolve_targets
 from trtbuild.errors import refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
-from trtbuild.recipe import Recipe
 from trtbuild.workspace import Workspace, staged, write_json
 
 # Without --max-seq-len: the model's own limit, but not a KV cache that few machines hold.

@@ -45,11 +45,6 @@ class BuiltNetwork:
         return profile
 
 
-def segment_phases(segment: Segment, embedded: bool) -> tuple[Phase, ...]:
-    """One plan for each of these: embed, head and embedded weights serve both kinds of step with one plan."""
-    return ("any",) if segment.kind != "decoder" or embedded else ("prefill", "decode")
-
-
 def plan_moe_form(plan: RankPlan, segment: Segment, phase: Phase, limits: EngineLimits) -> MoeForm | None:
     """The form of the segment's mixtures of experts in one plan, None where it has none."""
     moe = plan.config.moe

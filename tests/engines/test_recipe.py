@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from trtbuild.checkpoints.layout import Layout
+from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import Refused
-from trtbuild.recipe import Recipe
 
 
 def test_file_with_flags_on_top(tmp_path: Path) -> None:
