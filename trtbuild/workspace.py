@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,29 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """A whole file, or none under this name."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BufferedRandom]:
+    """A file to write and read beside `path`; on disk and renamed when the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(file: Path, value: Any) -> None:
     """Replace `file` with the value, in one step and on disk."""
-    temporary = file.with_name(f".{file.name}.partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    write_atomic(file, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -151,6 +166,8 @@ def _locked(lock: Path, final: Path) -> Iterator[None]:
 
 
 def _publish(partial: Path, final: Path) -> None:
+    for left_by_kills in partial.rglob(".*.tmp"):
+        left_by_kills.unlink()
     for path in (*partial.rglob("*"), partial):
         sync(path)
     old = final.with_name(f".{final.name}.old")

@@ -31,7 +31,7 @@ from trtbuild.engines.reference.torch_ops import Observer, RoutingObserver, Step
 from trtbuild.engines.reference.torch_weights import TorchWeights
 from trtbuild.errors import CheckpointError
 from trtbuild.progress import ProgressFactory, no_progress
-from trtbuild.workspace import digest_of, read_json, staged, sync, write_json
+from trtbuild.workspace import digest_of, read_json, staged, write_atomic, write_json
 
 NUM_SEQUENCES = 16
 SEQUENCE_LENGTH = 512
@@ -137,13 +137,10 @@ class _SavedLayers:
 
     def add(self, layer: int, hidden: torch.Tensor, ranges: dict[str, ActivationRange]) -> None:
         """Ranges first: hidden states that are ahead of them would leave a layer out."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self._journal.add(str(layer), {name: asdict(found) for name, found in ranges.items()})
-        temporary = self._file.with_suffix(".tmp")
-        save_file({"hidden": hidden.cpu()}, temporary, metadata={"layer": str(layer + 1)})
-        sync(temporary)
-        temporary.replace(self._file)
+        write_atomic(self._file, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer + 1)}))
 
 
 def calibrate_once(

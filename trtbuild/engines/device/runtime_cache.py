@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.engines.device.gpu import Gpu
-from trtbuild.engines.tensorrt.builder import write_atomic
+from trtbuild.workspace import write_atomic
 
 log = logging.getLogger("trtbuild.tensorrt")
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from io import BufferedRandom
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,6 +27,7 @@ from trtbuild.engines.tensorrt.plan_record import PlanRecord
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, PlanTask, plan_tasks
 from trtbuild.errors import EngineBuildError, TrtBuildError
 from trtbuild.pools import Pool
+from trtbuild.workspace import atomic_file, write_atomic
 
 # Opens one rank's weights in a build process: must pickle (a module-level function, or a partial of one).
 ReaderFactory = Callable[[int], WeightReader]
@@ -216,23 +216,3 @@ def build_one(task: PlanTask, directory: Path, open_reader: ReaderFactory | None
     write_atomic(directory / f"{task.name}.log", log.encode())
     write_atomic(directory / f"{task.name}.json", json.dumps(record.to_dict(), indent=1).encode())
     return record
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """A whole file, or none under this name."""
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BufferedRandom]:
-    """A file to write and read beside `path`; on disk and renamed when the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
