@@ -17,6 +17,8 @@ import xxhash
 if TYPE_CHECKING:
     import torch
 
+    from trtbuild.checkpoints.quantization import QuantizedWeight, StoredWeight
+
 ALGORITHM = "xxh3_128"
 # A block of 16-bit values and its float32 copy stay in a core's L2 cache together.
 BLOCK_ELEMENTS = 1 << 18
@@ -36,6 +38,21 @@ class SourceReader(Protocol):
 
     def shape(self, canonical: str, /) -> tuple[int, ...]:
         """Shape of the whole weight."""
+        ...
+
+    def stored(self, canonical: str, /) -> StoredWeight | None:
+        """What is known of a weight that the source holds quantized; None for the others.
+
+        `tensor` and `rows` give such a weight dequantized.
+        """
+        ...
+
+    def stored_rows(self, canonical: str, start: int, stop: int, /) -> QuantizedWeight:
+        """Rows start..stop of a weight for which `stored` is not None, as they are stored."""
+        ...
+
+    def digest_of(self, canonical: str, /) -> str | None:
+        """Content digest of what a weight was made from, where that is not what `rows` gives."""
         ...
 
 
@@ -68,6 +85,9 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def source_digest(source: SourceReader, canonical: str) -> str:
     """Digest of one source tensor as `source` reads it (with its LoRA adapters merged)."""
+    known = source.digest_of(canonical)
+    if known is not None:
+        return known
     digest = Digest()
     for start, stop in row_blocks(source.shape(canonical)):
         digest.update(source.rows(canonical, start, stop))

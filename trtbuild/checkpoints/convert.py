@@ -90,7 +90,7 @@ def convert(
         "format": FORMAT_VERSION,
         "source": source.digest,
         "layout": dataclasses.asdict(layout),
-        "precision": dataclasses.asdict(precision),
+        "precision": precision.to_dict(),
         "calibration": calibration.identity if calibration else None,
     }
     with staged(directory, request, force=force) as partial, _torch_threads(1):
@@ -288,7 +288,7 @@ def _write_configs(
         },
         "model": source.config.to_dict(),
         "layout": dataclasses.asdict(layout),
-        "precision": dataclasses.asdict(precision),
+        "precision": precision.to_dict(),
         **provenance,
         "tensors": found["tensors"],
         "digest_algorithm": ALGORITHM,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from trtbuild.errors import Refused
 
-PrecisionName = Literal["bf16", "fp16", "fp8", "int8", "int4"]
+# What a linear layer's weights are stored as and computed in.
+FormatName = Literal["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+# What can be asked for: a format; a calibrated way to reach one; or the best mixture for a number of bytes.
+PrecisionName = Literal["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4", "int4-awq", "int4-gptq", "auto"]
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
+# Precisions whose values follow from activations, which a calibration has to see. (fp8's activation scales do too.)
+CALIBRATED: dict[PrecisionName, FormatName] = {"int4-awq": "int4", "int4-gptq": "int4", "auto": "int4"}
 
 # Groups that TensorRT-RTX's block dequantization compiles for, in the order in which we prefer them.
 INT4_GROUPS = (128, 64, 32, 16)
@@ -17,32 +24,92 @@ SAFETENSORS_16BIT = {"bf16": "BF16", "fp16": "F16"}
 
 
 @dataclass(frozen=True)
+class LinearForm:
+    """How one linear layer's weights are held. Everything but `format` is False or None in what we quantize ourselves.
+
+    `group_size` bounds the int4 groups (None: 128); a rank may need smaller ones. `zeros`: int4 values have a zero
+    point in each group. `order`: the groups are over the input in another order (GPTQ's act-order). `row_scales`: fp8
+    weights with static activations have a scale for every output row.
+    """
+
+    format: FormatName
+    group_size: int | None = None
+    zeros: bool = False
+    order: bool = False
+    row_scales: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.format not in ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
 class Precision:
     """The precision of the quantized linear layers, and the 16-bit type of everything else.
 
     Router, norms, embeddings and lm_head always stay in `dtype` (the router in float32, as TensorRT-LLM keeps it).
+    `modules` are the linear layers (global names) that are held otherwise than `weights` says: all of them where it
+    says "auto" or the checkpoint was quantized before.
     """
 
     weights: PrecisionName
     dtype: Literal["bf16", "fp16"]
+    modules: tuple[tuple[str, LinearForm], ...] = ()
+    _forms: Mapping[str, LinearForm] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_forms", dict(self.modules))
 
     @classmethod
     def resolve(cls, name: PrecisionName, model_dtype: Literal["bf16", "fp16"]) -> Precision:
         """`bf16` and `fp16` name both types; a quantized precision keeps the checkpoint's own 16-bit type."""
         return cls(name, name if name in ("bf16", "fp16") else model_dtype)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Precision:
+        """Inverse of `to_dict`; raises TypeError on an unknown field."""
+        modules = tuple((name, LinearForm(**form)) for name, form in data.get("modules", {}).items())
+        return cls(**{**data, "modules": modules})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `modules` only where there are any."""
+        data: dict[str, Any] = {"weights": self.weights, "dtype": self.dtype}
+        default = LinearForm("bf16")
+        if self.modules:
+            data["modules"] = {
+                name: {k: v for k, v in vars(form).items() if k == "format" or v != getattr(default, k)}
+                for name, form in self.modules
+            }
+        return data
+
+    def with_modules(self, modules: Mapping[str, LinearForm]) -> Precision:
+        """The same with these linear layers held as given."""
+        return replace(self, modules=tuple(sorted(modules.items())))
+
+    def form_of(self, linear: str) -> LinearForm:
+        """How the linear layer of this global name is held."""
+        return self._forms.get(linear) or LinearForm(as_format(self.weights))
+
     @property
     def is_quantized(self) -> bool:
-        return self.weights not in ("bf16", "fp16")
+        return self.weights not in ("bf16", "fp16") or any(form.is_quantized for _, form in self.modules)
 
 
-def int4_group(in_features: int, module: str) -> int:
-    """Largest supported group that divides a rank's input slice, 128 where possible.
+def as_format(name: PrecisionName) -> FormatName:
+    """The format that a precision ends in."""
+    for found in FORMATS:
+        if found == CALIBRATED.get(name, name):
+            return found
+    raise ValueError(name)
+
+
+def int4_group(in_features: int, module: str, largest: int | None = None) -> int:
+    """Largest supported group that divides a rank's input slice (and `largest`), 128 where possible.
 
     Raises `Refused` when not even the smallest divides it.
     """
     for group in INT4_GROUPS:
-        if in_features % group == 0:
+        if in_features % group == 0 and (largest or group) % group == 0:
             return group
     raise Refused(
         f"int4: the input of {module} is {in_features} wide on a rank, which no group of {INT4_GROUPS} divides; "

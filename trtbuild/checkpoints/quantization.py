@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trtbuild.checkpoints.precision import LinearForm
+
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 INT4_MAX = 7.0
@@ -42,10 +44,14 @@ class Scratch:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`values` [out, in] (int8, or float8_e4m3fn) and float `scales`: [1], [out], or [out, in / group]."""
+    """`values` [out, in] (int8, or float8_e4m3fn) and float `scales`: [1], [out], or [out, in / group].
+
+    A weight is scale * (value - zero), with an integer `zeros` [out, in / group] where there is one.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
+    zeros: torch.Tensor | None = None
 
     def dequantize(self, scratch: Scratch | None = None) -> torch.Tensor:
         """float32 [out, in]."""
@@ -56,7 +62,10 @@ class QuantizedWeight:
             result = scratch.copy("dequantized", self.values, torch.float32)
         if self.scales.dim() < 2:
             return result.mul_(self.scales.float()[:, None] if len(self.scales) > 1 else self.scales.float())
-        result.unflatten(1, (self.scales.shape[1], -1)).mul_(self.scales.float().unsqueeze(-1))
+        groups = result.unflatten(1, (self.scales.shape[1], -1))
+        if self.zeros is not None:
+            groups.sub_(self.zeros.float().unsqueeze(-1))
+        groups.mul_(self.scales.float().unsqueeze(-1))
         return result
 
 
@@ -69,6 +78,23 @@ def _float_of_fp8(values: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     # The sign extends into bit 14, where float16 has its highest exponent bit.
     bits.bitwise_left_shift_(7).bitwise_and_(~0x4000)
     return scratch.copy("dequantized", bits.view(torch.float16), torch.float32).mul_(256.0)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """What is known, before its values are read, of a weight that its source holds quantized.
+
+    `origin` says who quantized it. `activation_scale` is fp8's for static activations. With `form.order` the groups lie
+    over the columns `order` [in] (int64) of the weight. The squared errors, where they are known, are those
+    against the 16-bit weight; `weight_squares` is that weight's own.
+    """
+
+    form: LinearForm
+    origin: str
+    activation_scale: float | None = None
+    order: torch.Tensor | None = None
+    error_squares: float | None = None
+    weight_squares: float | None = None
 
 
 def quantize_int8(weight: torch.Tensor, row_amax: torch.Tensor, scratch: Scratch | None = None) -> QuantizedWeight:
@@ -100,6 +126,14 @@ def quantize_fp8(weight: torch.Tensor, amax: float, scratch: Scratch | None = No
     scale = fp8_scale(amax)
     values = scratch.copy("float", weight, torch.float32).div_(scale).clamp_(-FP8_MAX, FP8_MAX)
     return QuantizedWeight(scratch.copy("values", values, torch.float8_e4m3fn), torch.tensor([scale]))
+
+
+def quantize_fp8_rows(weight: torch.Tensor, row_amax: torch.Tensor, scratch: Scratch | None = None) -> QuantizedWeight:
+    """Per-output-channel e4m3; `row_amax` [out] is over the source's whole rows, scales are float32 [out]."""
+    scratch = scratch or Scratch()
+    scales = _nonzero(row_amax.float() / FP8_MAX)
+    values = scratch.copy("float", weight, torch.float32).div_(scales[:, None]).clamp_(-FP8_MAX, FP8_MAX)
+    return QuantizedWeight(scratch.copy("values", values, torch.float8_e4m3fn), scales)
 
 
 def fp8_scale(amax: float) -> float:

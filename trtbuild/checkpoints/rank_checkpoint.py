@@ -72,7 +72,7 @@ class RankCheckpoint:
 
     @cached_property
     def precision(self) -> Precision:
-        return Precision(**self.authority["precision"])
+        return Precision.from_dict(self.authority["precision"])
 
     @cached_property
     def plans(self) -> list[RankPlan]:

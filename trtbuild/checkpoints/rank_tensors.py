@@ -13,7 +13,8 @@ from functools import cached_property
 
 from trtbuild.checkpoints.layout import RankLayout
 from trtbuild.checkpoints.model_config import MlaConfig, ModelConfig
-from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision, PrecisionName, int4_group
+from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, FormatName, LinearForm, Precision, int4_group
+from trtbuild.errors import Refused
 
 ITEM_SIZE = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
@@ -69,7 +70,7 @@ class Linear:
     global_name: str
     in_features: int
     out_features: int
-    precision: PrecisionName
+    form: LinearForm
     dtype: str
     pieces: tuple[Piece, ...]
     num_experts: int | None = None
@@ -77,8 +78,12 @@ class Linear:
     bias_pieces: tuple[Piece, ...] = ()
 
     @property
+    def precision(self) -> FormatName:
+        return self.form.format
+
+    @property
     def is_quantized(self) -> bool:
-        return self.precision in ("fp8", "int8", "int4")
+        return self.form.is_quantized
 
     @property
     def has_bias(self) -> bool:
@@ -87,31 +92,40 @@ class Linear:
     @cached_property
     def group_size(self) -> int | None:
         """Values of one int4 scale along the input, or None for the other precisions."""
-        return int4_group(self.in_features, self.global_name) if self.precision == "int4" else None
+        if self.precision != "int4":
+            return None
+        return int4_group(self.in_features, self.global_name, self.form.group_size)
 
     def tensors(self) -> list[TensorSpec]:
         """Rank tensors in the `tensorrt-rtx` dialect (see `build/README.md`)."""
         stack = () if self.num_experts is None else (self.num_experts,)
         weight_dtype, columns = {
             "fp8": ("F8_E4M3", self.in_features),
+            "fp8-dynamic": ("F8_E4M3", self.in_features),
             "int8": ("I8", self.in_features),
             "int4": ("U8", self.in_features // 2),
         }.get(self.precision, (self.dtype, self.in_features))
-        specs = [TensorSpec(f"{self.name}.weight", weight_dtype, (*stack, self.out_features, columns))]
-        if self.precision == "fp8":
-            scale_shape = (1,) if self.num_experts is None else (self.num_experts, 1)
-            specs.append(TensorSpec(f"{self.name}.weights_scaling_factor", "F32", scale_shape))
-            specs.append(TensorSpec(f"{self.name}.activation_scaling_factor", "F32", (1,)))
-        elif self.precision == "int8":
-            specs.append(TensorSpec(f"{self.name}.per_channel_scale", "F32", (*stack, self.out_features)))
-        elif self.group_size:
-            groups = self.in_features // self.group_size
-            specs.append(
-                TensorSpec(f"{self.name}.weights_scaling_factor", self.dtype, (*stack, self.out_features, groups))
-            )
+        weight = TensorSpec(f"{self.name}.weight", weight_dtype, (*stack, self.out_features, columns))
+        specs = [weight, *self._scales(stack)]
+        if self.form.order:
+            specs.append(TensorSpec(f"{self.name}.input_order", "I32", (self.in_features,)))
         if self.has_bias:
             specs.append(TensorSpec(f"{self.name}.bias", self.dtype, (self.out_features,)))
         return specs
+
+    def _scales(self, stack: tuple[int, ...]) -> Iterator[TensorSpec]:
+        if self.precision == "fp8":
+            rows = self.out_features if self.form.row_scales else 1
+            yield TensorSpec(f"{self.name}.weights_scaling_factor", "F32", (*stack, rows))
+            yield TensorSpec(f"{self.name}.activation_scaling_factor", "F32", (1,))
+        elif self.precision in ("int8", "fp8-dynamic"):
+            yield TensorSpec(f"{self.name}.per_channel_scale", "F32", (*stack, self.out_features))
+        elif self.group_size:
+            shape = (*stack, self.out_features, self.in_features // self.group_size)
+            yield TensorSpec(f"{self.name}.weights_scaling_factor", self.dtype, shape)
+            if self.form.zeros:
+                # -zero * scale: what a group's sum of inputs is multiplied by and added.
+                yield TensorSpec(f"{self.name}.zero", self.dtype, shape)
 
 
 @dataclass(frozen=True)
@@ -145,17 +159,22 @@ class RankPlan:
 
 
 def plan_rank(config: ModelConfig, layout: RankLayout, precision: Precision) -> RankPlan:
-    """The tensors of one rank; raises `Refused` where int4 finds no group that fits."""
+    """The tensors of one rank; raises `Refused` where int4 finds no group that fits, or act-order meets a cut."""
     layers = layout.layout.stage_layers(config.num_layers, layout.pp_rank)
     dtype = SAFETENSORS_16BIT[precision.dtype]
     plain = list(_outer_tensors(config, layout, dtype))
     linears: list[Linear] = []
     for local, layer in enumerate(layers):
-        builder = _LayerBuilder(config, layout, precision.weights, dtype, local, layer)
+        builder = _LayerBuilder(config, layout, precision, dtype, local, layer)
         plain += builder.plain()
         linears += builder.linears()
     for linear in linears:
         _ = linear.group_size  # Refuses here, before any work.
+        if linear.form.order and any(piece.columns is not None for piece in linear.pieces) and layout.layout.tp > 1:
+            raise Refused(
+                f"{linear.global_name}: the checkpoint's GPTQ groups are in act-order, so that a group's inputs lie on "
+                "several ranks; use --tp 1, or a --precision that encodes it again"
+            )
     return RankPlan(config, layout, precision, layers, tuple(plain), tuple(linears))
 
 
@@ -180,7 +199,7 @@ class _LayerBuilder:
 
     config: ModelConfig
     layout: RankLayout
-    precision: PrecisionName
+    precision: Precision
     dtype: str
     local: int
     layer: int
@@ -292,12 +311,14 @@ class _LayerBuilder:
         out_features = sum(len(p.rows) for p in pieces) // (len(experts) if experts else 1)
         # A row-parallel bias is whole on every rank and added once, after the all-reduce.
         bias_pieces = tuple(Piece(p.source + ".bias", p.rows, None, p.offset) for p in pieces) if bias else ()
+        global_name = f"transformer.layers.{self.layer}.{name}"
+        form = self.precision.form_of(global_name)
         return Linear(
             name=f"transformer.layers.{self.local}.{name}",
-            global_name=f"transformer.layers.{self.layer}.{name}",
+            global_name=global_name,
             in_features=in_features,
             out_features=out_features,
-            precision=self.precision,
+            form=form if form.is_quantized else LinearForm(self.precision.dtype),
             dtype=self.dtype,
             pieces=pieces,
             num_experts=len(experts) if experts is not None else None,

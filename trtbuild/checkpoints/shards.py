@@ -15,12 +15,16 @@ from typing import Any, Protocol
 import torch
 
 from trtbuild.checkpoints.content import Digest, SourceReader, row_blocks
+from trtbuild.checkpoints.precision import LinearForm
 from trtbuild.checkpoints.quantization import (
+    FP8_MAX,
     QuantizedWeight,
     Scratch,
+    StoredWeight,
     fp8_scale,
     pack_int4,
     quantize_fp8,
+    quantize_fp8_rows,
     quantize_int4,
     quantize_int8,
 )
@@ -115,17 +119,28 @@ class LayerRecord:
     error_squares: float = 0.0
     weight_squares: float = 0.0
     activation_scale: float | None = None
+    origin: str | None = None
 
     def add(self, source: torch.Tensor, quantized: QuantizedWeight, scratch: Scratch) -> None:
         """Count one block's scales and its squared error."""
-        low, high = float(quantized.scales.min()), float(quantized.scales.max())
-        self.scale_min = low if self.scale_min is None else min(low, self.scale_min)
-        self.scale_max = high if self.scale_max is None else max(high, self.scale_max)
+        self.add_scales(quantized.scales)
         exact = scratch.copy("float", source, torch.float32)
         error = quantized.dequantize(scratch).sub_(exact).flatten()
         exact = exact.flatten()
         self.weight_squares += float(torch.dot(exact, exact))
         self.error_squares += float(torch.dot(error, error))
+
+    def add_scales(self, scales: torch.Tensor) -> None:
+        low, high = float(scales.min()), float(scales.max())
+        self.scale_min = low if self.scale_min is None else min(low, self.scale_min)
+        self.scale_max = high if self.scale_max is None else max(high, self.scale_max)
+
+    def add_origin(self, stored: StoredWeight, kept: bool) -> None:
+        """Note that a source held the weight quantized, and the error that it was quantized with, if that is known."""
+        self.origin = stored.origin if kept else f"encoded again from {stored.form.format} of {stored.origin}"
+        if kept and stored.error_squares is not None and stored.weight_squares is not None:
+            self.error_squares += stored.error_squares
+            self.weight_squares += stored.weight_squares
 
 
 @dataclass
@@ -168,17 +183,33 @@ class _Filling:
         self._prepare(record)
         for name in self._unit.sources:
             slices = [part for part in self._unit.slices if part.piece.source == name]
-            digest = Digest()
-            for start, block in self._blocks(name):
-                if name not in self._extremes:
-                    _check_finite(name, block)
-                digest.update(block)
-                self._fill_block(slices, start, block)
-            record.sources[name] = digest.hex()
+            record.sources[name] = self._fill_source(name, slices)
         self._write_fp8_scales()
         for (name, expert), layer in self._layers.items():
             record.layers[name if expert is None else f"{name}/{expert}"] = vars(layer)
         return record
+
+    def _fill_source(self, name: str, slices: list[Slice]) -> str:
+        """Cut one source into its slices; its content digest."""
+        stored = self._source.stored(name)
+        kept = stored is not None and all(part.linear and keeps(part.linear.form, stored.form) for part in slices)
+        if stored is not None:
+            for layer in {part.layer: None for part in slices if part.layer is not None}:
+                self._layers[layer].add_origin(stored, kept)
+        digest = Digest()
+        for start, stop in row_blocks(self._source.shape(name)):
+            if kept:
+                self._keep_block(slices, start, self._source.stored_rows(name, start, stop))
+                continue
+            block = self._source.rows(name, start, stop)
+            if name not in self._extremes:
+                _check_finite(name, block)
+            digest.update(block)
+            self._fill_block(slices, start, block)
+        if kept and stored is not None and stored.order is not None:
+            for part in slices:
+                self._destination.write(part.rank, f"{part.name}.input_order", None, 0, stored.order.int())
+        return self._source.digest_of(name) or digest.hex()
 
     def _prepare(self, record: UnitRecord) -> None:
         """Open the records; find, for fp8, the scales that need all of a layer before any of it is written."""
@@ -192,6 +223,12 @@ class _Filling:
             if part.layer is None or part.linear is None or part.linear.precision != "fp8":
                 continue
             name = part.piece.source
+            if part.linear.form.row_scales:
+                self._weight_amax[part.layer] = math.nan
+                continue
+            stored = self._source.stored(name)
+            if stored is not None and keeps(part.linear.form, stored.form):
+                continue
             if name not in extremes:
                 extremes[name] = max((_extremes(name, block) for _, block in self._blocks(name)), default=0.0)
             self._weight_amax[part.layer] = max(extremes[name], self._weight_amax.get(part.layer, 0.0))
@@ -203,19 +240,14 @@ class _Filling:
     def _fill_block(self, slices: list[Slice], start: int, block: torch.Tensor) -> None:
         """Cut one block of a source, rows start.., into every slice that has a part of it."""
         row_amax: torch.Tensor | None = None
-        for part in slices:
-            rows = range(max(part.piece.rows.start, start), min(part.piece.rows.stop, start + len(block)))
-            if not rows:
-                continue
-            whole = slice(rows.start - start, rows.stop - start)
+        for part, row, whole in _overlaps(slices, start, len(block)):
             values = block[whole]
             if part.piece.columns is not None:
                 values = values[:, part.piece.columns.start : part.piece.columns.stop]
-            row = part.piece.offset + rows.start - part.piece.rows.start
             if part.linear is None or not part.linear.is_quantized:
                 self._copy(part, row, values)
                 continue
-            if part.linear.precision == "int8" and row_amax is None:
+            if part.linear.precision in ("int8", "fp8-dynamic") and row_amax is None:
                 row_amax = torch.abs(block, out=self._scratch.take("absolute", block.shape, block.dtype)).amax(dim=1)
             self._quantize(part, part.linear, row, values, None if row_amax is None else row_amax[whole])
 
@@ -243,7 +275,8 @@ class _Filling:
             quantized = quantize_int4(values, linear.group_size, torch_dtype(linear.dtype), self._scratch)
             stored, scales_name = pack_int4(quantized.values), "weights_scaling_factor"
         elif row_amax is not None:
-            quantized = quantize_int8(values, row_amax, self._scratch)
+            quantize = quantize_int8 if linear.precision == "int8" else quantize_fp8_rows
+            quantized = quantize(values, row_amax, self._scratch)
             stored, scales_name = quantized.values, "per_channel_scale"
         else:
             quantized = quantize_fp8(values, self._weight_amax[part.layer], self._scratch)
@@ -253,22 +286,68 @@ class _Filling:
             self._destination.write(part.rank, f"{part.name}.{scales_name}", part.piece.expert, row, quantized.scales)
         self._layers[part.layer].add(values, quantized, self._scratch)
 
+    def _keep_block(self, slices: list[Slice], start: int, block: QuantizedWeight) -> None:
+        """Cut rows start.. of a quantized source, as they are, into every slice that has a part of them."""
+        for part, row, whole in _overlaps(slices, start, len(block.values)):
+            assert part.linear is not None and part.layer is not None
+            linear, expert = part.linear, part.piece.expert
+            columns = part.piece.columns or range(block.values.shape[1])
+            values = block.values[whole, columns.start : columns.stop].contiguous()
+            scales = block.scales[whole] if len(block.scales) == len(block.values) else block.scales
+            if linear.group_size:
+                values = pack_int4(values)
+                # A rank may need smaller groups than the source has: they repeat its scales.
+                size = block.values.shape[1] // scales.shape[1]
+                chosen = torch.arange(columns.start, columns.stop, linear.group_size) // size
+                scales = scales[:, chosen]
+                if linear.form.zeros:
+                    zeros = torch.zeros_like(scales) if block.zeros is None else block.zeros[whole][:, chosen]
+                    zero = (scales.float() * zeros.float()).neg_().to(torch_dtype(linear.dtype))
+                    self._destination.write(part.rank, f"{part.name}.zero", expert, row, zero)
+                stored_scales, name = scales.to(torch_dtype(linear.dtype)), "weights_scaling_factor"
+            else:
+                name = "weights_scaling_factor" if linear.precision == "fp8" else "per_channel_scale"
+                stored_scales = scales.float().expand(len(values))
+            self._destination.write(part.rank, f"{part.name}.weight", expert, row, values)
+            self._layers[part.layer].add_scales(scales)
+            if linear.precision == "fp8" and not linear.form.row_scales:
+                self._weight_amax[part.layer] = float(scales[0]) * FP8_MAX
+            else:
+                self._destination.write(part.rank, f"{part.name}.{name}", expert, row, stored_scales.contiguous())
+
     def _write_fp8_scales(self) -> None:
-        """One weight scale per layer or expert, and one activation scale per layer."""
+        """One weight scale per layer or expert (unless every row has its own), and one activation scale per layer."""
         places = {
-            (part.rank, part.name, part.piece.expert): part.layer
+            (part.rank, part.name, part.piece.expert): part
             for part in self._unit.slices
             if part.layer in self._weight_amax
         }
-        for (rank, name, expert), layer in places.items():
-            assert layer is not None
-            weight = torch.tensor([fp8_scale(self._weight_amax[layer])])
-            activation_scale = fp8_scale(self._amax[layer[0]])
-            self._layers[layer].activation_scale = activation_scale
-            self._destination.write(rank, f"{name}.weights_scaling_factor", expert, 0, weight)
+        for (rank, name, expert), part in places.items():
+            assert part.layer is not None and part.linear is not None
+            activation_scale = fp8_scale(self._amax[part.layer[0]])
+            self._layers[part.layer].activation_scale = activation_scale
+            if not part.linear.form.row_scales:
+                weight = torch.tensor([fp8_scale(self._weight_amax[part.layer])])
+                self._destination.write(rank, f"{name}.weights_scaling_factor", expert, 0, weight)
             self._destination.write(
                 rank, f"{name}.activation_scaling_factor", None, 0, torch.tensor([activation_scale])
             )
+
+
+def keeps(form: LinearForm, stored: LinearForm) -> bool:
+    """Whether a linear layer of `form` can hold a source's quantized values as they are."""
+    if form.format != stored.format or form.order != stored.order or (stored.zeros and not form.zeros):
+        return False
+    return form.row_scales or not stored.row_scales
+
+
+def _overlaps(slices: list[Slice], start: int, count: int) -> Iterator[tuple[Slice, int, slice]]:
+    """Each slice that has a part of the source rows start..: the rank tensor's row, and the part in the block."""
+    for part in slices:
+        rows = range(max(part.piece.rows.start, start), min(part.piece.rows.stop, start + count))
+        if rows:
+            row = part.piece.offset + rows.start - part.piece.rows.start
+            yield part, row, slice(rows.start - start, rows.stop - start)
 
 
 def fill_all(
@@ -298,6 +377,15 @@ class _WholeReader:
 
     def shape(self, canonical: str) -> tuple[int, ...]:
         return tuple(self.tensor(canonical).shape)
+
+    def stored(self, canonical: str) -> StoredWeight | None:
+        return None
+
+    def stored_rows(self, canonical: str, start: int, stop: int) -> QuantizedWeight:
+        raise ValueError(f"{canonical} is not quantized")
+
+    def digest_of(self, canonical: str) -> str | None:
+        return None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from trtbuild.workspace import digest_of
 if TYPE_CHECKING:
     import torch
 
+    from trtbuild.checkpoints.quantization import QuantizedWeight, StoredWeight
+
 # What the engine needs besides the weights, where the checkpoint has it.
 COMPANION_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
@@ -160,6 +162,18 @@ class CheckpointSource:
     def shape(self, canonical: str) -> tuple[int, ...]:
         """Shape of the weight behind a canonical name."""
         return self.entries[self._names[canonical]].spec.shape
+
+    def stored(self, canonical: str) -> StoredWeight | None:
+        """What is known of a weight that the checkpoint holds quantized; None for the others."""
+        return None
+
+    def stored_rows(self, canonical: str, start: int, stop: int) -> QuantizedWeight:
+        """Rows start..stop of such a weight, as they are stored."""
+        raise ValueError(f"{canonical} is not quantized")
+
+    def digest_of(self, canonical: str) -> str | None:
+        """Content digest of such a weight's tensors; None for the others."""
+        return None
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells, without reading the weights, whether any file was touched: `digest`, and the files' state."""

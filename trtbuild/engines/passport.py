@@ -65,7 +65,7 @@ class Passport:
 
     @property
     def precision(self) -> Precision:
-        return Precision(**self.data["precision"])
+        return Precision.from_dict(self.data["precision"])
 
     @property
     def limits(self) -> EngineLimits:
