@@ -130,7 +130,7 @@ def test_keys_that_are_left_out_mean_what_transformers_takes_for_them(family: st
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not implemented"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method .bitsandbytes., which is not read"),
         ({"attention_multiplier": 2.0}, "attention_multiplier = 2.0 is not known"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1 is not known"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, but must be a positive number"),

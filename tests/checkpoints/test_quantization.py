@@ -90,7 +90,7 @@ def test_int4_is_within_half_a_step_of_each_group(seed: int, magnitude: float, g
 @given(SEEDS, MAGNITUDES, st.floats(1.0, 8.0))
 def test_fp8_is_within_half_an_ulp_of_the_scaled_weight(seed: int, magnitude: float, headroom: float) -> None:
     weight = weight_of(seed, magnitude)
-    amax = float(weight.abs().max()) * headroom
+    amax = float(np.float32(float(weight.abs().max()) * headroom))
     quantized = quantize_fp8(weight, amax)
     assert quantized.values.dtype == torch.float8_e4m3fn
     assert quantized.scales.tolist() == [float(np.float32(amax) / np.float32(448))]
@@ -152,3 +152,8 @@ def test_groups_are_those_that_the_builder_compiles() -> None:
 def test_fp8_scale_is_amax_over_448_in_float32(amax: float, expected: Any) -> None:
     assert fp8_scale(amax) == float(np.float32(amax) / np.float32(448))
     assert fp8_scale(amax) == pytest.approx(expected, rel=1e-7)
+
+
+@given(st.floats(2.0**-100, 2.0**100, width=32))
+def test_a_checkpoints_own_fp8_scale_comes_back(scale: float) -> None:
+    assert fp8_scale(scale * 448) == scale

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from trtbuild.checkpoints.families import LARGEST_REAL, Family, HfConfig, family_of
+from trtbuild.checkpoints.hub_formats.config import quantization_problems
 from trtbuild.checkpoints.model_config import ModelConfig, RopeConfig
 from trtbuild.errors import refuse_all
 
@@ -17,7 +18,7 @@ _READ = {
     "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "tie_word_embeddings", "torch_dtype", "dtype", "hidden_act", "sliding_window", "layer_types",
-    "quantization_config", "partial_rotary_factor",
+    "quantization_config", "compression_config", "partial_rotary_factor",
 }  # fmt: skip
 # Names, training and generation settings: no effect on the logits of a forward pass.
 _HARMLESS = {
@@ -113,8 +114,7 @@ def _problems(hf: HfConfig, family: Family) -> Iterator[str]:
         yield f"hidden_act {hf['hidden_act']!r} is not implemented (silu is)"
     if hf.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor {hf['partial_rotary_factor']} is not implemented"
-    if hf.get("quantization_config"):
-        yield "the checkpoint is already quantized (quantization_config); start from the 16-bit one"
+    yield from quantization_problems(hf)
     yield from _window_problems(hf)
     yield from _rope_problems(hf)
     yield from family.problems(hf)

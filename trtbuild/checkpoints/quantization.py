@@ -137,8 +137,11 @@ def quantize_fp8_rows(weight: torch.Tensor, row_amax: torch.Tensor, scratch: Scr
 
 
 def fp8_scale(amax: float) -> float:
-    """Dequantization multiplier amax / 448, rounded to float32 as it is stored; 1 for an all-zero tensor."""
-    return float(np.float32(amax) / np.float32(FP8_MAX)) or 1.0
+    """Dequantization multiplier amax / 448, rounded to float32 as it is stored; 1 for an all-zero tensor.
+
+    In double precision inside, so that a checkpoint's own scale comes back from scale * 448.
+    """
+    return float(np.float32(amax / FP8_MAX)) or 1.0
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:

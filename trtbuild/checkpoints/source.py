@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 from trtbuild.checkpoints.content import file_fingerprint
 from trtbuild.checkpoints.families import Family, family_of
 from trtbuild.checkpoints.hf_config import read_config
+from trtbuild.checkpoints.hub_formats.config import read_quantization
+from trtbuild.checkpoints.hub_formats.modules import StoredModule, find_modules
+from trtbuild.checkpoints.hub_formats.scheme import HubQuantization
 from trtbuild.checkpoints.known_models import FACTS, KNOWN_MODELS, bundled_directory, facts_directory
 from trtbuild.checkpoints.lora import LoraAdapter, LoraDelta, merge_rows, tile_rows
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, sampled_digest
-from trtbuild.checkpoints.source_files import (
-    CONFIG_FILE,
-    IGNORED_TENSORS,
-    INDEX_FILE,
-    check_links,
-    read_json,
-    read_shards,
-)
+from trtbuild.checkpoints.source_checks import check_weights
+from trtbuild.checkpoints.source_files import CONFIG_FILE, INDEX_FILE, check_links, read_json, read_shards
 from trtbuild.checkpoints.source_tensors import expected_shapes
 from trtbuild.checkpoints.staging import fetch, staged_directory
 from trtbuild.errors import CheckpointError, Refused
@@ -35,6 +32,7 @@ from trtbuild.workspace import digest_of
 if TYPE_CHECKING:
     import torch
 
+    from trtbuild.checkpoints.hub_formats.weights import ModuleReader
     from trtbuild.checkpoints.quantization import QuantizedWeight, StoredWeight
 
 # What the engine needs besides the weights, where the checkpoint has it.
@@ -109,15 +107,40 @@ class CheckpointSource:
         return family_of(self.config.architecture)
 
     @cached_property
+    def quantization(self) -> HubQuantization | None:
+        """How config.json says that the checkpoint is quantized; None for a 16-bit one."""
+        return read_quantization(self.hf_config)
+
+    @cached_property
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor of every shard, checked against the index and against the shapes that the config implies."""
         entries = read_shards(self.directory)
-        self._check_shapes(entries)
+        modules = find_modules(entries, self._expected, self.quantization)
+        check_weights(self.directory.name, self.config, entries, self._expected, modules)
         return entries
 
     @cached_property
     def _mapped(self) -> MappedTensors:
         return MappedTensors(self.entries)
+
+    @cached_property
+    def _modules(self) -> dict[str, StoredModule]:
+        """The modules that are stored quantized, by canonical name."""
+        found = find_modules(self.entries, self._expected, self.quantization)
+        return {canonical: found[name] for canonical, name in self._names.items() if name in found}
+
+    @cached_property
+    def _reader(self) -> ModuleReader:
+        import torch
+
+        from trtbuild.checkpoints.hub_formats.weights import ModuleReader
+
+        return ModuleReader(self._mapped, torch.float16 if self.config.dtype == "fp16" else torch.bfloat16)
+
+    @cached_property
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """Name in the files -> shape of every weight in 16 bit."""
+        return {self.family.source_name(name): shape for name, shape in expected_shapes(self.config).items()}
 
     def with_lora(self, adapters: Sequence[LoraAdapter]) -> CheckpointSource:
         """The same checkpoint with these adapters merged into whatever is read of it.
@@ -126,17 +149,26 @@ class CheckpointSource:
         """
         if not adapters:
             return self
+        if self.quantization is not None:
+            raise Refused(
+                f"--lora {adapters[0].directory}: {self.model} is quantized, and a merged weight would have to be "
+                "quantized again; merge the adapter into the 16-bit model"
+            )
         source = replace(self, adapters=(*self.adapters, *adapters))
         _ = source._deltas
         return source
 
+    def portable(self) -> CheckpointSource:
+        """A copy for another process on this file system: nothing is open in it, and paths are absolute."""
+        adapters = tuple(replace(adapter, directory=adapter.directory.absolute()) for adapter in self.adapters)
+        return replace(self, directory=self.directory.absolute(), adapters=adapters)
+
     @cached_property
     def _deltas(self) -> dict[str, list[LoraDelta]]:
         """What the adapters add, by the base weight's name in the file."""
-        shapes = {self.family.source_name(name): shape for name, shape in expected_shapes(self.config).items()}
         found: dict[str, list[LoraDelta]] = {}
         for adapter in self.adapters:
-            for name, delta in adapter.deltas(shapes).items():
+            for name, delta in adapter.deltas(self._expected).items():
                 found.setdefault(name, []).append(delta)
         return found
 
@@ -145,13 +177,19 @@ class CheckpointSource:
         return {canonical: self.family.source_name(canonical) for canonical in expected_shapes(self.config)}
 
     def tensor(self, canonical: str) -> torch.Tensor:
-        """The weight behind a canonical name (see `families`): a view of the file, or merged with its adapters."""
+        """The weight behind a canonical name (see `families`): a view of the file, merged with its adapters, or, of a
+        quantized one, dequantized in the model's 16-bit type.
+        """
+        if canonical in self._modules:
+            return self._reader.tensor(self._modules[canonical])
         if self._names[canonical] in self._deltas:
             return self.rows(canonical, 0, self.shape(canonical)[0])
         return self._mapped.tensor(self._names[canonical])
 
     def rows(self, canonical: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of the same."""
+        if canonical in self._modules:
+            return self._reader.rows(self._modules[canonical], start, stop)
         name = self._names[canonical]
         if name not in self._deltas:
             return self._mapped.rows(name, start, stop)
@@ -160,20 +198,24 @@ class CheckpointSource:
         return merge_rows(base, self._deltas[name], start, stop - start)
 
     def shape(self, canonical: str) -> tuple[int, ...]:
-        """Shape of the weight behind a canonical name."""
+        """Shape of the weight behind a canonical name; of a quantized one, that of its values."""
+        if canonical in self._modules:
+            return self._modules[canonical].shape
         return self.entries[self._names[canonical]].spec.shape
 
     def stored(self, canonical: str) -> StoredWeight | None:
         """What is known of a weight that the checkpoint holds quantized; None for the others."""
-        return None
+        module = self._modules.get(canonical)
+        return None if module is None else self._reader.stored(module)
 
     def stored_rows(self, canonical: str, start: int, stop: int) -> QuantizedWeight:
-        """Rows start..stop of such a weight, as they are stored."""
-        raise ValueError(f"{canonical} is not quantized")
+        """Rows start..stop of such a weight, as they are stored; KeyError for the others."""
+        return self._reader.stored_rows(self._modules[canonical], start, stop)
 
     def digest_of(self, canonical: str) -> str | None:
         """Content digest of such a weight's tensors; None for the others."""
-        return None
+        module = self._modules.get(canonical)
+        return None if module is None else self._reader.digest(module)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells, without reading the weights, whether any file was touched: `digest`, and the files' state."""
@@ -207,43 +249,6 @@ class CheckpointSource:
             head = stream.read(4000)
         named: dict[str, str] = dict(re.findall(r"^(license(?:_name)?):[ \t]*(\S+)", head, re.MULTILINE))
         return named.get("license_name") or named.get("license")
-
-    def _check_shapes(self, entries: dict[str, TensorEntry]) -> None:
-        problems = []
-        expected = {self.family.source_name(name): shape for name, shape in expected_shapes(self.config).items()}
-        for name in sorted(entries.keys() - expected.keys()):
-            if not name.endswith(IGNORED_TENSORS):
-                problems.append(
-                    f"tensor {name!r} has no place in {self.config.architecture}; dropping it could change the result"
-                )
-        for name, shape in expected.items():
-            if name not in entries:
-                problems.append(f"tensor {name!r} is missing")
-            elif entries[name].spec.shape != shape:
-                problems.append(
-                    f"tensor {name!r} has shape {list(entries[name].spec.shape)}, config.json implies {list(shape)}"
-                )
-            elif entries[name].spec.dtype not in ("BF16", "F16", "F32"):
-                problems.append(f"tensor {name!r} is {entries[name].spec.dtype}; BF16, F16 and F32 are read")
-        if self.config.tie_embeddings and not problems and not _head_is_embedding(entries):
-            problems.append(
-                "lm_head.weight differs from the embedding, though tie_word_embeddings is true; "
-                "set it to false in config.json if the head is its own"
-            )
-        if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:20])
-            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise CheckpointError(f"{self.directory.name}: weights do not match config.json:{shown}{more}")
-
-
-def _head_is_embedding(entries: dict[str, TensorEntry]) -> bool:
-    """Whether a tied model's file has no lm_head of its own, or the embedding once more."""
-    import torch
-
-    if "lm_head.weight" not in entries:
-        return True
-    mapped = MappedTensors(entries)
-    return torch.equal(mapped.tensor("lm_head.weight"), mapped.tensor("model.embed_tokens.weight"))
 
 
 def _fetch(url: str, revision: str | None, weights: bool, sources: Path | None, progress: ProgressFactory) -> Path:
