@@ -14,7 +14,7 @@ from trtbuild.planning.roofline import Roofline
 def roofline(model: str, gpu: str, **fields: object) -> Roofline:
     job = Job.resolve(Recipe.create(model=model, **fields), weights=False)
     stages = [measure_rank(plan) for plan in job.plans][:: job.layout.tp]
-    return Roofline(job.config, job.layout, job.precision, stages, GPUS[gpu])
+    return Roofline(job.config, job.layout, stages, GPUS[gpu])
 
 
 def test_batch_1_decode_of_llama_2_70b_on_8_h100_by_hand() -> None:

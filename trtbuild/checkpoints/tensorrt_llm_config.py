@@ -8,9 +8,14 @@ from typing import Any
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig, MoeConfig
 from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-_QUANT_ALGOS = {"bf16": None, "fp16": None, "fp8": "FP8", "int8": "W8A16", "int4": "W4A16"}
+# TensorRT-LLM has no fp8-dynamic experts, and no other name for them either: it refuses such a model by this one.
+_QUANT_ALGOS = {
+    "bf16": None, "fp16": None, "fp8": "FP8", "fp8-dynamic": "FP8_PER_CHANNEL_PER_TOKEN", "int8": "W8A16",
+    "int4": "W4A16",
+}  # fmt: skip
 # TensorRT-LLM's own default list of modules that stay unquantized (QuantConfig.exclude_modules = None).
 _EXCLUDED = [
     "*lm_head",
@@ -57,11 +62,7 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
             "tp_size": layout.tp, "pp_size": layout.pp,
             "moe_tp_size": layout.moe_tp, "moe_ep_size": layout.moe_ep,
         },
-        "quantization": {
-            "quant_algo": _QUANT_ALGOS[precision.weights], "kv_cache_quant_algo": None, "group_size": 128,
-            "has_zero_point": False, "pre_quant_scale": False,
-            "exclude_modules": _EXCLUDED if precision.is_quantized else None,
-        },
+        "quantization": _quantization_section(config, layout, precision),
     }  # fmt: skip
     if config.family.startswith("qwen"):
         sizes = (config.moe.intermediate_size, config.moe.shared_intermediate_size) if config.moe else (0, 0)
@@ -81,6 +82,40 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
             "v_head_dim": config.mla.v_head_dim,
         }
     return result
+
+
+def _quantization_section(config: ModelConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
+    """`quantization` as QuantConfig reads it, or as LayerQuantConfig where layers differ.
+
+    Our own builders read trtbuild.json. What TensorRT-LLM has no field for (act-order, a static fp8 scale for each row)
+    shows in the tensors' names only.
+    """
+    if not precision.modules and precision.weights in _QUANT_ALGOS:
+        return _algorithm(_QUANT_ALGOS[precision.weights])
+    # The first rank of each pipeline stage has the stage's layers.
+    ranks = [layout.rank(rank) for rank in range(0, layout.world_size, layout.tp)]
+    linears = [linear for rank in ranks for linear in plan_rank(config, rank, precision).linears]
+    layers = {linear.global_name: _layer_algorithm(linear) for linear in linears}
+    first = layers[linears[0].global_name]
+    if all(section == first for section in layers.values()):
+        return first
+    quantized = {name: section for name, section in layers.items() if section["quant_algo"]}
+    return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": quantized}
+
+
+def _algorithm(quant_algo: str | None, group_size: int = 128, has_zero_point: bool = False) -> dict[str, Any]:
+    return {
+        "quant_algo": quant_algo, "kv_cache_quant_algo": None, "group_size": group_size,
+        "has_zero_point": has_zero_point, "pre_quant_scale": False,
+        "exclude_modules": _EXCLUDED if quant_algo else None,
+    }  # fmt: skip
+
+
+def _layer_algorithm(linear: Linear) -> dict[str, Any]:
+    """Of one layer; int4 that was calibrated, or that a checkpoint brought along, is W4A16_AWQ."""
+    if linear.precision == "int4":
+        return _algorithm("W4A16_AWQ", linear.group_size or 128, linear.form.zeros)
+    return _algorithm(_QUANT_ALGOS[linear.precision])
 
 
 def _moe_section(moe: MoeConfig) -> dict[str, Any]:

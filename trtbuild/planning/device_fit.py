@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.limits import EngineLimits
-from trtbuild.engines.network.segments import Segment, cut_into_segments
-from trtbuild.engines.tensorrt.plan_tasks import EMBEDDED_BYTES
+from trtbuild.engines.network.segments import Segment, layer_kinds
+from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, engine_segments, is_embedded
 from trtbuild.planning.gpus import MIB, Gpu
 from trtbuild.planning.model_size import RankSize
 
@@ -53,7 +53,7 @@ def fit_device(
     stages: Sequence[RankSize],
     scratch: int,
     limits: EngineLimits,
-    precisions: set[str],
+    formats: Collection[str],
     moe: bool,
     tp: int,
     num_gpus: int | None = None,
@@ -64,7 +64,7 @@ def fit_device(
     tokens = max(0, min(room // rank.cache_bytes for room, rank in zip(free, stages, strict=True)))
     sequences = tokens // limits.cache_capacity
     fullest = max(stages, key=lambda rank: rank.weight_bytes)
-    found = gpu.missing(precisions, moe)
+    found = gpu.missing(formats, moe)
     if num_gpus is not None and tp * len(stages) > num_gpus:
         found.append(f"{tp * len(stages)} ranks, each on a GPU of its own, are more than --gpus {num_gpus}")
     if min(free) < 0:
@@ -82,38 +82,33 @@ def scratch_bytes(
     plans: Sequence[RankPlan], limits: EngineLimits, moe_form: str, embed: bool, depth: int | None
 ) -> int:
     """Scratch that an engine's plans share: the largest of them; and its RoPE tables and step buffers."""
-    seen: dict[tuple[object, ...], int] = {}
+    options = BuildOptions(limits, (), embed, None if moe_form == "auto" else moe_form, depth)
+    seen: dict[Hashable, int] = {}
     for plan in plans:
-        embeds = embed or plan.precision.weights == "int4"
-        for segment in cut_into_segments(plan, depth, EMBEDDED_BYTES if embeds else None):
-            key = (segment.kind, segment.num_layers, _local_kind(plan, segment))
+        kinds = layer_kinds(plan)
+        for segment in engine_segments(plan, options):
+            is_decoder = segment.kind == "decoder"
+            key = (segment.kind, segment.num_layers, kinds[segment.first_layer] if is_decoder else None)
             if key not in seen:
-                seen[key] = _segment_scratch(plan, segment, limits, moe_form, embed)
+                seen[key] = _segment_scratch(plan, segment, options)
     config = plans[0].config
     tables = 2 * 4 * limits.cache_capacity * config.rope_dim
     steps = 4 * limits.max_step_tokens * config.hidden_size * 2 + 4 * limits.max_head_rows * config.vocab_size
     return max(seen.values()) + tables + steps
 
 
-def _local_kind(plan: RankPlan, segment: Segment) -> tuple[bool, int | None] | None:
-    if segment.kind != "decoder":
-        return None
-    layer = plan.layers[segment.first_layer]
-    return plan.config.is_moe(layer), plan.config.window(layer)
-
-
-def _segment_scratch(plan: RankPlan, segment: Segment, limits: EngineLimits, moe_form: str, embed: bool) -> int:
+def _segment_scratch(plan: RankPlan, segment: Segment, options: BuildOptions) -> int:
     from trtbuild.engines.tensorrt.network import plan_moe_form
     from trtbuild.engines.tensorrt.plan_forecast import forecast
 
-    embedded = segment.kind == "decoder" and (embed or plan.precision.weights == "int4")
+    embedded = is_embedded(plan, segment, options)
     phases: list[Phase] = ["any"] if embedded or segment.kind != "decoder" else ["prefill", "decode"]
     found = 0
     for phase in phases:
-        form = plan_moe_form(plan, segment, phase, limits)
-        if form and moe_form != "auto":
-            form = cast("MoeForm", moe_form)
-        found = max(found, *forecast(plan, segment, phase, limits, form, embedded).scratch)
+        form = plan_moe_form(plan, segment, phase, options.limits)
+        if form and options.moe_form:
+            form = cast("MoeForm", options.moe_form)
+        found = max(found, *forecast(plan, segment, phase, options.limits, form, embedded).scratch)
     return found
 
 

@@ -10,6 +10,7 @@ PRO 6000 and GB10 fp16 and fp8 follow from the sparse fp4 figure.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from trtbuild.engines.tensorrt.targets import MIN_SM, MIN_SM_MOE, TARGETS
@@ -45,9 +46,9 @@ class Gpu:
         """Whether TensorRT-RTX compiles for it; others need TensorRT or TensorRT-LLM, built on such a GPU."""
         return self.target in TARGETS
 
-    def missing(self, precisions: set[str], moe: bool) -> list[str]:
+    def missing(self, formats: Collection[str], moe: bool) -> list[str]:
         """What its tensor cores lack for these types; a router is a float32 matrix multiply."""
-        lacking = [f"no {name} (needs sm{MIN_SM[name]})" for name in sorted(precisions) if self.sm < MIN_SM[name]]
+        lacking = [f"no {name} (needs sm{MIN_SM[name]})" for name in sorted(formats) if self.sm < MIN_SM[name]]
         return lacking + ([f"no float32 matrix multiply for a router (needs sm{MIN_SM_MOE})"] * (moe and self.sm < 80))
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from trtbuild.checkpoints.safetensors_file import layout_header
 from trtbuild.checkpoints.source_tensors import expected_shapes
-from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH
+from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH
 from trtbuild.engines.compile import Job
 from trtbuild.engines.network.segments import moe_of
+from trtbuild.engines.precision_choice import needs_text
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, PlanTask, plan_tasks
+from trtbuild.engines.tensorrt.targets import formats_of
 from trtbuild.errors import refuse_all
 from trtbuild.planning.model_size import count_parameters
 from trtbuild.workspace import Workspace
@@ -36,7 +38,9 @@ CONVERT_BLOCKS = (4 * MIB, 64 * MIB)
 # How much more than the above processes took elsewhere: allocators keep pages, imports differ.
 MEMORY_SPREAD = (0.8, 1.6)
 # Source bytes that one worker converts in a second of processor time.
-CONVERT_RATE = {"bf16": 1300e6, "fp16": 1300e6, "fp8": 330e6, "int8": 420e6, "int4": 360e6}
+CONVERT_RATE = {
+    "bf16": 1300e6, "fp16": 1300e6, "fp8": 330e6, "fp8-dynamic": 300e6, "int8": 420e6, "int4": 360e6,
+}  # fmt: skip
 # Operations a second of one core in a 16-bit matrix multiply, as calibration does them.
 CPU_OPS = 53e9
 # Seconds of building one plan: any plan, one decoder layer, one expert; and of one byte of embedded weights.
@@ -87,7 +91,7 @@ class HostForecaster:
         if not self.job.recipe.plan_only:
             memory["convert"], seconds["convert"] = self._convert_memory(), self._convert_seconds()
             disk |= {"source checkpoint": self._source_bytes, "rank checkpoint": sum(rank_file_sizes(self.job))}
-            if self.job.precision.weights == "fp8":
+            if needs_text(self.job.precision):
                 memory["calibrate"], seconds["calibrate"] = self._calibrate_memory(), self._calibrate_seconds()
         return HostForecast(memory, seconds, disk, len(self._tasks))
 
@@ -112,7 +116,8 @@ class HostForecaster:
         return _spread(low, high)
 
     def _convert_seconds(self) -> Range:
-        rate = CONVERT_RATE[self.job.precision.weights] * min(self.workers, os.cpu_count() or 1)
+        slowest = min(CONVERT_RATE[name] for name in formats_of(self.job.precision))
+        rate = slowest * min(self.workers, os.cpu_count() or 1)
         return Range.around(self._source_bytes / rate, TIME_SPREAD)
 
     def _calibrate_memory(self) -> Range:

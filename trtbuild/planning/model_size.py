@@ -36,7 +36,8 @@ class RankSize:
     """One rank's part of the model.
 
     kinds: bytes by kind. cache_bytes: of one token, in every layer. quantized_ops, plain_ops: operations (two for each
-    multiply-accumulate) that one token takes in the quantizable linear layers, and in 16 bit outside of them;
+    multiply-accumulate) that one token takes in the quantizable linear layers, and in 16 bit outside of them; fp8_ops:
+    those of the quantizable layers that multiply in fp8;
     attention_ops: those of one query token over one earlier position, in one layer. Of the experts, a token is expected
     to choose as many of this rank's as of any other's.
     """
@@ -45,6 +46,7 @@ class RankSize:
     kinds: Mapping[str, int]
     cache_bytes: int
     quantized_ops: float
+    fp8_ops: float
     plain_ops: float
     attention_ops: float
 
@@ -100,7 +102,8 @@ def _rank_size(plan: RankPlan, kinds: Mapping[str, int]) -> RankSize:
     )
     per_layer = sum(heads * width for heads, width in plan.cache_shapes().values()) * CACHE_ITEM
     quantized = sum(_linear_ops(linear, config) for linear in plan.linears)
-    return RankSize(plan.layers, dict(kinds), per_layer * len(plan.layers), quantized, plain, attention_ops)
+    fp8 = sum(_linear_ops(linear, config) for linear in plan.linears if linear.precision in ("fp8", "fp8-dynamic"))
+    return RankSize(plan.layers, dict(kinds), per_layer * len(plan.layers), quantized, fp8, plain, attention_ops)
 
 
 def _linear_ops(linear: Linear, config: ModelConfig) -> float:
@@ -130,16 +133,17 @@ def _kind_of_linear(linear: Linear) -> str:
 def estimate_rank(config: ModelConfig, layout: Layout, stage: int, precision: Precision) -> RankSize:
     """The same as `measure_rank` for a rank of a pipeline stage, from one layer of each kind: thousands are cheap.
 
-    Raises `Refused` where int4 finds no group that fits.
+    For a precision that is the same in every layer. Raises `Refused` where int4 finds no group that fits.
     """
     layers = layout.stage_layers(config.num_layers, stage)
     sample = measure_layers(config, replace(layout, pp=1), precision)
     kinds: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
-    quantized = plain = 0.0
+    quantized = fp8 = plain = 0.0
     for has_experts, part in sample.layers.items():
         count = sum(config.is_moe(layer) == has_experts for layer in layers)
         kinds.update({kind: size * count for kind, size in part.kinds.items()})
         quantized, plain = quantized + part.quantized_ops * count, plain + part.plain_ops * count
+        fp8 += part.fp8_ops * count
     if stage == 0:
         kinds["embedding"] += sample.embedding
     if stage == layout.pp - 1:
@@ -147,7 +151,7 @@ def estimate_rank(config: ModelConfig, layout: Layout, stage: int, precision: Pr
         kinds["norms, router"] += sample.final_norm
         plain += sample.lm_head  # 2 operations for each of its 16-bit weights.
     one = next(iter(sample.layers.values()))
-    return RankSize(layers, dict(kinds), one.cache_bytes * len(layers), quantized, plain, one.attention_ops)
+    return RankSize(layers, dict(kinds), one.cache_bytes * len(layers), quantized, fp8, plain, one.attention_ops)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trtbuild.engines.compile import Job
+from trtbuild.engines.tensorrt.targets import formats_of
 from trtbuild.errors import Refused
 from trtbuild.planning.device_fit import DeviceFit, can_forecast_scratch, fit_device, scratch_bytes
 from trtbuild.planning.gpus import GPUS, Gpu, gpu_named
@@ -82,7 +83,7 @@ class EnginePlan:
             "model": self.job.source.model,
             "config": "built-in facts" if self.job.source.has_built_in_config else "config.json",
             "layout": asdict(self.job.layout),
-            "precision": asdict(self.job.precision),
+            "precision": self.job.precision.to_dict(),
             "limits": asdict(self.job.limits),
             "parameters": asdict(self.parameters),
             "attention": self.attention,
@@ -132,11 +133,11 @@ def make_plan(job: Job, *, gpu_name: str | None = None, num_gpus: int | None = N
 def _report_device(
     job: Job, gpu: Gpu, stages: Sequence[RankSize], scratch: int, context: int, num_gpus: int | None
 ) -> DeviceReport:
-    needed: set[str] = {job.precision.weights, job.precision.dtype}
+    needed = formats_of(job.precision)
     fit = fit_device(gpu, stages, scratch, job.limits, needed, job.config.moe is not None, job.layout.tp, num_gpus)
     if not fit.fits:
         return DeviceReport(fit, None, {})
-    roofline = Roofline(job.config, job.layout, job.precision, stages, gpu)
+    roofline = Roofline(job.config, job.layout, stages, gpu)
     batches = [batch for batch in BATCHES if batch <= fit.sequences]
     prefill = roofline.prefill(job.limits.chunk_size, context)
     return DeviceReport(fit, prefill, {batch: roofline.decode(batch, context) for batch in batches})

@@ -12,6 +12,7 @@ from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.segments import MAX_SEGMENT_LAYERS
+from trtbuild.engines.tensorrt.targets import formats_of
 from trtbuild.errors import Refused
 from trtbuild.planning.device_fit import DeviceFit, can_forecast_scratch, fit_device, scratch_bytes
 from trtbuild.planning.gpus import Gpu
@@ -56,7 +57,7 @@ def options(config: ModelConfig, gpu: Gpu, num_gpus: int, limits: EngineLimits) 
     found = []
     for name in names if gpu.sm >= 80 else ("fp16",):
         precision = Precision.resolve(name, config.dtype)
-        missing = gpu.missing({precision.weights, precision.dtype}, config.moe is not None)
+        missing = gpu.missing(formats_of(precision), config.moe is not None)
         if missing:
             found.append(Option(gpu, num_gpus, name, Layout(), None, None, tuple(missing)))
             continue
@@ -94,11 +95,10 @@ def _try(config: ModelConfig, gpu: Gpu, layout: Layout, precision: Precision, li
     except Refused as error:
         return Option(gpu, num_gpus, precision.weights, layout, None, None, (_problem(error),))
     scratch = _scratch(config, replace(layout, pp=1), precision, limits) if can_forecast_scratch() else 0
-    needed: set[str] = {precision.weights, precision.dtype}
-    fit = fit_device(gpu, stages, scratch, limits, needed, config.moe is not None, layout.tp)
+    fit = fit_device(gpu, stages, scratch, limits, formats_of(precision), config.moe is not None, layout.tp)
     if not fit.fits:
         return Option(gpu, num_gpus, precision.weights, layout, fit, None, fit.limits)
-    roofline = Roofline(config, layout, precision, stages, gpu)
+    roofline = Roofline(config, layout, stages, gpu)
     decode = roofline.decode(min(fit.sequences, COMPARED_BATCH), limits.max_seq_len // 2)
     return Option(gpu, num_gpus, precision.weights, layout, fit, decode, ())
 

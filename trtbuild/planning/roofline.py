@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from trtbuild.checkpoints.layout import Layout, padded_vocab
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import Precision
 from trtbuild.planning.gpus import Gpu
 from trtbuild.planning.model_size import RankSize, attended_positions
 
@@ -55,7 +54,6 @@ class Roofline:
 
     config: ModelConfig
     layout: Layout
-    precision: Precision
     stages: Sequence[RankSize]
     gpu: Gpu
 
@@ -93,11 +91,11 @@ class Roofline:
 
     def _compute_seconds(self, stage: RankSize, tokens: int, context: int, head_rows: int) -> float:
         # int8 and int4 weights are multiplied in 16 bit; only fp8 has arithmetic of its own.
-        fast = self.gpu.fp8 if self.precision.weights == "fp8" and self.gpu.fp8 else self.gpu.fp16
+        fp8 = stage.fp8_ops * tokens / ((self.gpu.fp8 or self.gpu.fp16) * 1e12)
         head = 2.0 * stage.kinds["lm_head"] / ACTIVATION
-        plain = (stage.plain_ops - head) * tokens + head * head_rows
+        plain = (stage.quantized_ops - stage.fp8_ops + stage.plain_ops - head) * tokens + head * head_rows
         attention = stage.attention_ops * tokens * attended_positions(self.config, stage.layers, context)
-        return stage.quantized_ops * tokens / (fast * 1e12) + (plain + attention) / (self.gpu.fp16 * 1e12)
+        return fp8 + (plain + attention) / (self.gpu.fp16 * 1e12)
 
     def _link_bytes(self, index: int, tokens: int, head_rows: int) -> float:
         """Sent by one rank: two all-reduces in a layer, gathered logits, and the hidden states for the next stage."""

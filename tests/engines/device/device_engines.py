@@ -6,8 +6,9 @@ import threading
 from typing import Any
 
 import torch
+from crafted_tensors import CraftedRanks
 from fake_tensorrt import FakeDevice, FakeTensorRT, LockstepGroup
-from helpers import executor_of, rank_tensors
+from helpers import rank_tensors
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
@@ -65,16 +66,20 @@ class Ranks:
         segment_layers: int | None = 1,
         cache: Any = None,
         wide: bool = True,
+        crafted: CraftedRanks | None = None,
     ) -> None:
         self.layout, self.limits = layout or Layout(), limits
-        wanted = Precision.resolve(precision or source.config.dtype, source.config.dtype)
-        self.plans = [plan_rank(source.config, rank, wanted) for rank in self.layout.ranks()]
-        amax = {linear.global_name: 6.0 for linear in self.plans[0].linears}
-        self.tensors = rank_tensors(source, self.layout, precision, amax)
+        if crafted is None:
+            wanted = Precision.resolve(precision or source.config.dtype, source.config.dtype)
+            self.plans = [plan_rank(source.config, rank, wanted) for rank in self.layout.ranks()]
+            amax = {linear.global_name: 6.0 for linear in self.plans[0].linears}
+            self.tensors = rank_tensors(source, self.layout, precision, amax)
+        else:
+            self.plans, self.tensors = crafted.plans, crafted.tensors
         self.records, networks = emit(self.plans, self.tensors, limits, segment_layers=segment_layers)
         self.devices = [FakeDevice(wide=wide) for _ in self.plans]
         self.trts = [FakeTensorRT(networks, device) for device in self.devices]
-        self.source, self.precision, self._segment_layers, self._cache = source, precision, segment_layers, cache
+        self._segment_layers, self._cache = segment_layers, cache
         self.runners = [self.runner(rank) for rank in range(len(self.plans))]
 
     def runner(self, rank: int) -> RankRunner:
@@ -94,10 +99,7 @@ class Ranks:
 
     def reference(self) -> ReferenceExecutor:
         read = lambda rank, name: self.tensors[rank][name]  # noqa: E731
-        return executor_of(
-            self.source, self.layout, self.precision, read=read,
-            max_seq_len=self.limits.max_seq_len, chunk_size=self.limits.chunk_size,
-        )  # fmt: skip
+        return ReferenceExecutor(self.plans, read, self.limits, dtype=torch.float32)
 
 
 class Followers:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from crafted_tensors import craft_ranks
 from helpers import make_checkpoint, some_tokens
 
 pytest.importorskip("tensorrt_rtx")
@@ -18,6 +19,7 @@ pytest.importorskip("tensorrt_rtx")
 from device_engines import LIMITS, Ranks
 
 from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.precision import LinearForm
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.device import rank_runner, steps
 from trtbuild.engines.limits import EngineLimits
@@ -34,6 +36,7 @@ LAYOUTS = {"tp1": Layout.resolve(), "tp2": Layout.resolve(tp=2), "ep2": Layout.r
 # Quantizing an activation turns a difference in the last bit of float32 into one step of fp8 now and then.
 TOLERANCES = {"fp8": 0.05}
 TOLERANCE = 1e-4
+MIXED_TOLERANCE = 0.1
 CASES = [
     ("llama", "bf16", "tp1"), ("llama", "fp8", "tp1"), ("llama", "int4", "tp2"), ("mistral-window", "fp16", "tp1"),
     ("qwen2", "int8", "tp1"), ("mixtral", "fp16", "tp1"), ("mixtral", "int4", "ep2"), ("mixtral", "fp8", "ep2"),
@@ -66,6 +69,21 @@ def steps_of(engine: Any) -> list[torch.Tensor]:
 
 def deviation(engine: Any, reference: Any) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(steps_of(engine), steps_of(reference), strict=True))
+
+
+@pytest.mark.parametrize(("family", "layout"), [("llama", "tp1"), ("mixtral", "ep2")])
+def test_layers_of_different_formats(tmp_path: Path, family: str, layout: str) -> None:
+    """One segment is embedded, with a profile for each phase; the others take weights as inputs, in a plan for each."""
+    int4, dynamic, int8 = LinearForm("int4", zeros=True), LinearForm("fp8-dynamic"), LinearForm("int8")
+    rows = LinearForm("fp8", row_scales=True)
+    forms = {"0.attention": int8, "0.mlp.fc": int8, "0.mlp": int4, "1.attention": rows, "1.mlp.proj": int8, "": dynamic}
+    # Weights with which no activation lies between two e4m3 values, to fall either way.
+    directory = make_checkpoint(tmp_path / "hf", family, num_hidden_layers=3, seed=1)
+    source = CheckpointSource.open(str(directory))
+    crafted = craft_ranks(source, LAYOUTS[layout], forms)
+    ranks = Ranks(source, layout=LAYOUTS[layout], crafted=crafted)
+    assert {record.phase for record in ranks.records if record.kind == "decoder"} == {"any", "prefill", "decode"}
+    assert deviation(ranks.executor(), ranks.reference()) < MIXED_TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "precision", "layout"), CASES)

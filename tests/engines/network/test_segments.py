@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import LinearForm, Precision
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
-from trtbuild.engines.network.segments import MAX_SEGMENT_LAYERS, Segment, cut_into_segments, moe_of
+from trtbuild.engines.network.segments import MAX_SEGMENT_LAYERS, Segment, cut_into_segments, has_int4, moe_of
 
 
 def plans(hf: dict[str, Any], layout: Layout) -> list[RankPlan]:
@@ -147,3 +147,20 @@ def test_a_byte_budget_shortens_segments() -> None:
     assert depths(3 * layer - 1) == [2, 2, 2, 1]
     assert depths(1) == [1] * 7
     assert depths(1, depth=4) == [4, 3]
+
+
+def test_forms_are_not_mixed() -> None:
+    """Neighbours whose layers have the same forms are one segment; the byte budget is for those with int4."""
+    config = read_config(hf_config("llama", num_hidden_layers=9))
+    fp8, int4, narrow = LinearForm("fp8-dynamic"), LinearForm("int4"), LinearForm("int4", 32)
+    forms = {f"transformer.layers.{layer}.mlp.proj": fp8 for layer in (3, 4)}
+    forms |= {f"transformer.layers.{layer}.mlp.fc": int4 for layer in (5, 6, 7)}
+    forms["transformer.layers.7.mlp.fc"] = narrow
+    plan = plan_rank(config, Layout().rank(0), Precision("bf16", "bf16").with_modules(forms))
+    assert spans(plan) == [(0, 3), (3, 2), (5, 2), (7, 1), (8, 1)]
+    assert [has_int4(plan, segment) for segment in decoder_segments(plan)] == [False, False, True, True, False]
+    bounded = cut_into_segments(plan, max_bytes=1, only_int4=True)
+    assert [(s.first_layer, s.num_layers) for s in bounded[1:-1]] == [(0, 3), (3, 2), (5, 1), (6, 1), (7, 1), (8, 1)]
+    # What is spelled out by module is no other form.
+    same = Precision("bf16", "bf16").with_modules({"transformer.layers.3.mlp.fc": LinearForm("bf16")})
+    assert spans(plan_rank(config, Layout().rank(0), same)) == [(0, MAX_SEGMENT_LAYERS), (8, 1)]

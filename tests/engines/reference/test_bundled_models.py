@@ -16,7 +16,8 @@ from trtbuild.checkpoints.convert import Calibration, convert
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines.calibration import CalibrationText, calibrate
+from trtbuild.engines.calibration.ranges import calibrate
+from trtbuild.engines.calibration.text import CalibrationText
 from trtbuild.engines.reference.executor import ReferenceExecutor
 
 BLOCK, BLOCKS = 256, 24

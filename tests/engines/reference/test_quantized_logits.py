@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from helpers import (
     some_tokens,
 )
 from reassembly import dequantized, read_ranks, reassemble
+from rounded_inputs import Rounding, round_inputs, static_rounding
 
 from trtbuild.checkpoints.convert import ActivationRange, Calibration, convert
 from trtbuild.checkpoints.layout import Layout
@@ -90,50 +90,6 @@ def test_weight_only(family: str, sizes: tuple[int, ...], precision: PrecisionNa
     assert float((expected - plain).abs().max()) > {"int8": 0.01, "int4": 0.2}[precision]
 
 
-def quantize_inputs(model: Any, scale_of: Callable[[int, str], torch.Tensor]) -> None:
-    """Round every quantized layer's input to e4m3 with its static scale: `scale_of(layer, rank tensor's name)`."""
-
-    def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (x * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-
-    def hook(module: torch.nn.Module, scale: torch.Tensor) -> None:
-        module.register_forward_pre_hook(lambda _, arguments: (rounded(arguments[0], scale), *arguments[1:]))
-
-    for index, layer in enumerate(model.model.layers):
-        is_mla = hasattr(layer.self_attn, "kv_b_proj")
-        for part in ("q_a_proj", "kv_a_proj_with_mqa") if is_mla else ("q_proj", "k_proj", "v_proj"):
-            hook(getattr(layer.self_attn, part), scale_of(index, "attention.fused_a" if is_mla else "attention.qkv"))
-        if is_mla:
-            hook(layer.self_attn.q_b_proj, scale_of(index, "attention.q_b_proj"))
-        hook(layer.self_attn.o_proj, scale_of(index, "attention.dense"))
-        if hasattr(layer.mlp, "experts"):
-            scales = scale_of(index, "mlp.fc"), scale_of(index, "mlp.proj")
-            layer.mlp.experts.forward = _quantized_experts(layer.mlp.experts, rounded, scales)
-            shared = getattr(layer.mlp, "shared_expert", None) or getattr(layer.mlp, "shared_experts", None)
-            if shared is not None:
-                hook(shared.gate_proj, scale_of(index, "mlp.shared_expert.fc"))
-                hook(shared.up_proj, scale_of(index, "mlp.shared_expert.fc"))
-                hook(shared.down_proj, scale_of(index, "mlp.shared_expert.proj"))
-            continue
-        for part, name in (("gate_proj", "mlp.fc"), ("up_proj", "mlp.gate"), ("down_proj", "mlp.proj")):
-            hook(getattr(layer.mlp, part), scale_of(index, name))
-
-
-def _quantized_experts(
-    experts: Any, rounded: Callable[..., torch.Tensor], scales: tuple[torch.Tensor, torch.Tensor]
-) -> Callable[..., Any]:
-    def forward(x: torch.Tensor, chosen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(x)
-        for token in range(len(x)):
-            for expert, score in zip(chosen[token].tolist(), scores[token], strict=True):
-                gate, up = (experts.gate_up_proj[expert] @ rounded(x[token], scales[0])).chunk(2)
-                inner = torch.nn.functional.silu(gate) * up
-                total[token] += score * (experts.down_proj[expert] @ rounded(inner, scales[1]))
-        return total
-
-    return forward
-
-
 @pytest.mark.parametrize(("family", "sizes"), CASES)
 def test_fp8_with_static_activations(family: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
     # Of DeepSeek's many roundings one always falls otherwise, and three layers carry it to every later token.
@@ -141,7 +97,7 @@ def test_fp8_with_static_activations(family: str, sizes: tuple[int, ...], tmp_pa
     model = converted(tmp_path, family, sizes, "fp8", **changes)
     unrounded = hf_logits(model.model, TOKENS)
 
-    def scale_of(layer: int, name: str) -> torch.Tensor:
+    def rounding_of(layer: int, name: str) -> Rounding:
         """From the file of the layer's own pipeline stage."""
         layout, num_layers = model.checkpoint.layout, model.source.config.num_layers
         parts = torch.arange(num_layers).tensor_split(layout.pp)
@@ -152,9 +108,9 @@ def test_fp8_with_static_activations(family: str, sizes: tuple[int, ...], tmp_pa
             for rank in layout.stage_ranks(stage)
         ]
         assert all(torch.equal(scale, scales[0]) for scale in scales)
-        return scales[0]
+        return static_rounding(scales[0])
 
-    quantize_inputs(model.model, scale_of)
+    round_inputs(model.model, rounding_of)
     difference = (model.executor_logits() - hf_logits(model.model, TOKENS)).abs()
     # Where float32 sums differ in their last bit, an activation may round to the neighbouring e4m3 value, which the
     # layers above carry on: at most 0.06 then. Most logits see none of that (median 2e-6), and the rounding as a

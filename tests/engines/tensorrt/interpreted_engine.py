@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from helpers import some_tokens
 from network_interpreter import run_networks
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.limits import EngineLimits
-from trtbuild.engines.network.segments import Segment, cut_into_segments
+from trtbuild.engines.network.segments import Segment, cut_into_segments, has_int4
 from trtbuild.engines.tensorrt.bindings import TORCH_TYPES, Binding, bind_weight
 from trtbuild.engines.tensorrt.network import BuiltNetwork, build_network
 
@@ -21,7 +22,8 @@ PADDING = 3
 
 @dataclass
 class InterpretedEngine:
-    """plans: one for each rank of a tensor-parallel group. `embed` puts decoder weights into the networks.
+    """plans: one for each rank of a tensor-parallel group. `embed` puts decoder weights into the networks;
+    those beside int4 always are.
 
     `edit` may change an operation of the emitted network (mutation tests).
     """
@@ -113,7 +115,7 @@ class InterpretedEngine:
 
     def network(self, segment: Segment, phase: str) -> list[BuiltNetwork]:
         """One network for all ranks where weights are inputs, one for each where they are embedded."""
-        embedded = segment.kind == "decoder" and self.embed
+        embedded = segment.kind == "decoder" and (self.embed or has_int4(self.plans[0], segment))
         key = (segment.index, "any" if embedded or segment.kind != "decoder" else phase)
         if key not in self._networks:
             form = self.moe_form
@@ -128,3 +130,20 @@ class InterpretedEngine:
 
 def _ints(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def steps(engine: Any, reference: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of both after each step: two prompts (one in two chunks), then two decode steps beside an idle slot."""
+    long, short = some_tokens(75, seed=3), some_tokens(5, seed=4)
+    found = []
+    for slot, tokens, start in ((0, long[:70], 0), (2, short, 0), (0, long[70:], 70)):
+        expected = reference.prefill(slot, tokens, start, "all")
+        found.append((engine.prefill(slot, tokens, start), expected))
+    for step in range(2):
+        arguments = ([0, 2], [7 + step, 11 + step], [75 + step, 5 + step])
+        found.append((engine.decode(*arguments), reference.decode(*arguments)))
+    return found
+
+
+def deviation(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    return max(float((found - expected).abs().max()) for found, expected in pairs)

@@ -20,7 +20,7 @@ ELEMENTWISE: dict[Any, Callable[..., torch.Tensor]] = {
     EW.MIN: torch.minimum, EW.FLOOR_DIV: torch.floor_divide, EW.EQUAL: torch.eq, EW.GREATER: torch.gt,
     EW.LESS: torch.lt, EW.AND: torch.logical_and, EW.OR: torch.logical_or,
 }  # fmt: skip
-UNARY = {UN.SQRT: torch.sqrt, UN.EXP: torch.exp, UN.NEG: torch.neg}
+UNARY = {UN.SQRT: torch.sqrt, UN.EXP: torch.exp, UN.NEG: torch.neg, UN.ABS: torch.abs}
 
 
 def elementwise(layer: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
@@ -67,9 +67,8 @@ def gather(layer: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
     assert layer.mode == trt.GatherMode.DEFAULT and layer.num_elementwise_dims == 0
     data, indices = inputs
     assert bool((indices >= 0).all()) and bool((indices < data.shape[layer.axis]).all()), "gather outside of the tensor"
-    moved = data.movedim(layer.axis, 0)[indices.long()]
-    assert layer.axis == 0
-    return moved
+    assert layer.axis == 0 or indices.dim() == 1
+    return data.movedim(layer.axis, 0)[indices.long()].movedim(0, layer.axis)
 
 
 def select(layer: Any, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,7 @@ from helpers import DEEPSEEK_LITE, executor_of, make_checkpoint, rank_tensors, s
 
 pytest.importorskip("tensorrt_rtx")
 
-from interpreted_engine import InterpretedEngine
+from interpreted_engine import InterpretedEngine, deviation, steps
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
@@ -78,23 +78,6 @@ def engines(source: CheckpointSource, precision: Any, layout: Layout, **options:
     )
     options.setdefault("embed", precision == "int4")
     return InterpretedEngine(plans, tensors, LIMITS, **options), reference
-
-
-def steps(engine: Any, reference: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of both after each step: two prompts (one in two chunks), then two decode steps beside an idle slot."""
-    long, short = some_tokens(75, seed=3), some_tokens(5, seed=4)
-    found = []
-    for slot, tokens, start in ((0, long[:70], 0), (2, short, 0), (0, long[70:], 70)):
-        expected = reference.prefill(slot, tokens, start, "all")
-        found.append((engine.prefill(slot, tokens, start), expected))
-    for step in range(2):
-        arguments = ([0, 2], [7 + step, 11 + step], [75 + step, 5 + step])
-        found.append((engine.decode(*arguments), reference.decode(*arguments)))
-    return found
-
-
-def deviation(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    return max(float((found - expected).abs().max()) for found, expected in pairs)
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
 from trtbuild.checkpoints.model_config import MoeConfig
+from trtbuild.checkpoints.precision import LinearForm
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, TensorSpec
 
 # TensorRT-RTX's compile time grows faster than a plan's depth: about quadratically in conditional experts.
@@ -63,6 +65,11 @@ def moe_of(plan: RankPlan, segment: Segment) -> MoeConfig | None:
     return plan.config.moe
 
 
+def has_int4(plan: RankPlan, segment: Segment) -> bool:
+    """Whether any of the segment's linear layers is int4, which TensorRT-RTX takes as constants only."""
+    return any(linear.precision == "int4" for linear in segment.linears(plan).values())
+
+
 def default_segment_layers(plan: RankPlan, layer: int) -> int:
     """Decoder layers in a segment of `layer`'s kind (global index).
 
@@ -75,20 +82,24 @@ def default_segment_layers(plan: RankPlan, layer: int) -> int:
     return max(1, min(MAX_SEGMENT_LAYERS, experts, MAX_SEGMENT_EXPERTS // experts))
 
 
-def cut_into_segments(plan: RankPlan, segment_layers: int | None = None, max_bytes: int | None = None) -> list[Segment]:
+def cut_into_segments(
+    plan: RankPlan, segment_layers: int | None = None, max_bytes: int | None = None, *, only_int4: bool = False
+) -> list[Segment]:
     """The chain of segments of one rank, in the order of execution; a segment's layers are all of one kind.
 
-    Without `segment_layers` a segment also holds no more than `max_bytes` of weights, or one layer if that has more.
+    Without `segment_layers` a segment (with `only_int4`, one that has int4 weights) also holds no more than `max_bytes`
+    of weights, or one layer if that has more.
     """
     segments = [Segment("embed", 0)] if plan.layout.is_first_stage else []
     sizes = _layer_bytes(plan) if max_bytes else {}
+    kinds = layer_kinds(plan)
+    int4 = {int(linear.name.split(".")[2]) for linear in plan.linears if linear.precision == "int4"}
     first = 0
     while first < len(plan.layers):
         depth = segment_layers or default_segment_layers(plan, plan.layers[first])
-        if max_bytes and not segment_layers:
+        if max_bytes and not segment_layers and (first in int4 or not only_int4):
             depth = max(1, min(depth, max_bytes // sizes[first]))
-        kind = _kind(plan, first)
-        last = next((i for i in range(first, len(plan.layers)) if _kind(plan, i) != kind), len(plan.layers))
+        last = next((i for i in range(first, len(kinds)) if kinds[i] != kinds[first]), len(kinds))
         num_layers = min(depth, last - first)
         segments.append(Segment("decoder", len(segments), first, num_layers))
         first += num_layers
@@ -107,7 +118,12 @@ def _layer_bytes(plan: RankPlan) -> dict[int, int]:
     return sizes
 
 
-def _kind(plan: RankPlan, local: int) -> tuple[bool, int | None]:
-    """What tells layers of a stage apart: experts, and the attention window."""
-    layer = plan.layers[local]
-    return plan.config.is_moe(layer), plan.config.window(layer)
+def layer_kinds(plan: RankPlan) -> list[Hashable]:
+    """What tells the layers of a stage apart: experts, the attention window, and the forms of the linear layers."""
+    forms: dict[int, list[LinearForm]] = {}
+    for linear in plan.linears:
+        forms.setdefault(int(linear.name.split(".")[2]), []).append(linear.form)
+    config = plan.config
+    return [
+        (config.is_moe(layer), config.window(layer), tuple(forms.get(i, ()))) for i, layer in enumerate(plan.layers)
+    ]

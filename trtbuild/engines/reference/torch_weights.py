@@ -1,8 +1,9 @@
 """Rank tensors prepared for the reference executor: one torch tensor per weight, with the scales around it.
 
 Quantized layers keep the arithmetic that the TensorRT network has, so that what is compiled is what was checked: fp8
-multiplies the stored values and scales the product, int8 and int4 multiply weights dequantized to 16 bit. One
-difference remains in 16 bit: an fp8 product is rounded here before it is scaled, where the engine keeps float32.
+multiplies the stored values and scales the product, int8 and int4 multiply weights dequantized to 16 bit, int4's zero
+points enter through a multiply of their own. One difference remains in 16 bit: an fp8 product is rounded here before
+it is scaled, where the engine keeps float32.
 """
 
 from __future__ import annotations
@@ -23,27 +24,55 @@ _PLAIN_LINEARS = ("lm_head.weight", "shared_expert_gate.weight")
 
 @dataclass
 class TorchLinear:
-    """`y = (quantize(x * input_scale) @ weight.T) * output_scale`; weight [out, in] or [experts, out, in].
+    """`y = (quantize(x / input_scale) @ weight.T) * output_scale`; weight [out, in] or [experts, out, in].
 
-    The scales are float32 and fp8's alone: [1], `output_scale` with a leading expert dimension in a stack.
+    The scales are float32 and fp8's alone; in a stack they have a leading expert dimension, but for `input_inverse`.
+    input_inverse: 1 / input_scale [1] of static activations.
+    dynamic: the input scale is each token's own, and multiplies the product too.
+    output_scale: [1], or [out].
+    zero: what int4's group sums of x are multiplied by, [out, in / group] in the weight's type.
+    order: the columns of x that the layer takes, int64 [in].
     """
 
     weight: torch.Tensor
-    input_scale: torch.Tensor | None = None
+    input_inverse: torch.Tensor | None = None
     output_scale: torch.Tensor | None = None
     linear: Linear | None = None
+    dynamic: bool = False
+    zero: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     def apply(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out] in x's type."""
-        weight = self.weight if expert is None else self.weight[expert]
-        operand = x
-        if self.input_scale is not None:
-            operand = to_fp8(x.float() * self.input_scale).to(weight.dtype) * FP8_UNIT
-        y = operand @ weight.transpose(-1, -2)
-        if self.output_scale is None:
-            return y
-        scale = self.output_scale if expert is None else self.output_scale[expert]
-        return (y.float() * scale).to(x.dtype)
+        x = x if self.order is None else x[..., self.order]
+        weight, output_scale, zero = (
+            part if part is None or expert is None else part[expert]
+            for part in (self.weight, self.output_scale, self.zero)
+        )
+        assert weight is not None
+        if output_scale is None:
+            y = x @ weight.transpose(-1, -2)
+            return y if zero is None else y + _group_sums(x, zero.shape[-1]) @ zero.transpose(-1, -2)
+        scaled, token_scale = x.float(), None
+        if self.dynamic:
+            token_scale = token_scales(scaled)
+            scaled = scaled / token_scale
+        elif self.input_inverse is not None:
+            scaled = scaled * self.input_inverse
+        y = ((to_fp8(scaled).to(weight.dtype) * FP8_UNIT) @ weight.transpose(-1, -2)).float()
+        y = y if token_scale is None else y * token_scale
+        return (y * output_scale).to(x.dtype)
+
+
+def token_scales(x: torch.Tensor) -> torch.Tensor:
+    """Dynamic activation scales of float32 x [..., in]: amax / 448 of each token, 1 where it is all zero; [..., 1]."""
+    scales = x.abs().amax(-1, keepdim=True) / FP8_MAX
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def _group_sums(x: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Sums of x over each group of its columns, in float32 inside: [..., num_groups]."""
+    return x.float().unflatten(-1, (num_groups, -1)).sum(-1).to(x.dtype)
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
@@ -75,12 +104,24 @@ class TorchWeights:
         return tensor.to(device=self._device, dtype=dtype)
 
     def _linear(self, linear: Linear, read: WeightReader) -> TorchLinear:
+        layer = self._weights(linear, read)
+        if linear.form.order:
+            layer.order = self._put(read(f"{linear.name}.input_order"), torch.int64)
+        if linear.form.zeros:
+            layer.zero = self._put(read(f"{linear.name}.zero"), self._dtype)
+        return layer
+
+    def _weights(self, linear: Linear, read: WeightReader) -> TorchLinear:
         stored = read(f"{linear.name}.weight")
         if linear.precision == "fp8":
             weight_scale = self._put(read(f"{linear.name}.weights_scaling_factor"), torch.float32)
             input_scale = self._put(read(f"{linear.name}.activation_scaling_factor"), torch.float32)
             output_scale = weight_scale * input_scale / FP8_UNIT**2
             return TorchLinear(self._put(stored, self._dtype) * FP8_UNIT, 1.0 / input_scale, output_scale, linear)
+        if linear.precision == "fp8-dynamic":
+            output_scale = self._put(read(f"{linear.name}.per_channel_scale"), torch.float32) / FP8_UNIT**2
+            weight = self._put(stored, self._dtype) * FP8_UNIT
+            return TorchLinear(weight, None, output_scale, linear, dynamic=True)
         if linear.precision == "int8":
             scales = self._put(read(f"{linear.name}.per_channel_scale"), torch.float32)
             values = self._put(stored, torch.float32) * scales.unsqueeze(-1)

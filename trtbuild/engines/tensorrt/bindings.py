@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trtbuild.checkpoints.rank_checkpoint import WeightReader
-from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.engines.network.segments import Segment
 
 if TYPE_CHECKING:
@@ -21,14 +21,24 @@ Role = Literal["step", "weight", "cache", "output"]
 
 # copy             the rank tensor, or one expert of a stack
 # transpose        the same, last two dimensions swapped and contiguous: [in, out]
+# twice            the same as copy, each column of the last dimension two times
 # reciprocal       1 / activation_scaling_factor, float32 [1, 1]
-# product          weights_scaling_factor * activation_scaling_factor, float32 [1, 1]
+# product          weights_scaling_factor * activation_scaling_factor, float32 [1, 1] or [1, out]
 # first_expert     the global index of the rank's first expert, int32 [1, 1]
 # key_heads        MLA's kv_b_proj: the heads' key rows, [heads, nope_head_dim, kv_lora_rank]
 # value_heads      the heads' value rows, each transposed, [heads, kv_lora_rank, v_head_dim]
 # rope_cos, rope_sin   the model's RoPE table, float32 [positions, rope_dim / 2]
 Transform = Literal[
-    "copy", "transpose", "reciprocal", "product", "first_expert", "key_heads", "value_heads", "rope_cos", "rope_sin"
+    "copy",
+    "transpose",
+    "twice",
+    "reciprocal",
+    "product",
+    "first_expert",
+    "key_heads",
+    "value_heads",
+    "rope_cos",
+    "rope_sin",
 ]
 
 # Names of torch types; int4 is bound packed.
@@ -43,7 +53,9 @@ TORCH_TYPES = {
 }
 
 # safetensors' names of the rank checkpoint's types.
-STORED_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3", "I8": "int8"}
+STORED_TYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3", "I8": "int8", "I32": "int32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,15 @@ class Binding:
         if source is not None:
             source = replace(WeightSource(**source), tensors=tuple(source["tensors"]))
         return cls(**{**data, "shape": tuple(data["shape"]), "source": source})
+
+
+def is_always_input(linear: Linear) -> bool:
+    """Whether a layer's weights are inputs even of a plan that embeds the others.
+
+    Experts in int8 are: a quantized constant must stand right before its dequantization, so it cannot enter an expert's
+    conditional, outside of which TensorRT-RTX 1.7 unpacks it to scratch.
+    """
+    return linear.precision == "int8" and linear.num_experts is not None
 
 
 def bind_weight(
@@ -127,6 +148,8 @@ def _transform(source: WeightSource, values: Sequence[torch.Tensor], shape: Sequ
     if source.transform == "product":
         weight_scale, activation_scale = values
         chosen = weight_scale if source.expert is None else weight_scale[source.expert]
-        return (chosen.float() * activation_scale.float()).reshape(1, 1)
+        return (chosen.float() * activation_scale.float()).reshape(1, -1)
     value = values[0] if source.expert is None else values[0][source.expert]
+    if source.transform == "twice":
+        return value.repeat_interleave(2, dim=-1)
     return value.transpose(-1, -2) if source.transform == "transpose" else value

@@ -12,6 +12,7 @@ would make NaN of an overflow). No collective stands inside: under expert parall
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -29,8 +30,8 @@ MoeForm = Literal["conditional", "routed", "dense"]
 TILE_ROWS = 64
 
 
-def choose_form(phase: str, max_tokens: int, num_experts: int, top_k: int, precision: str) -> MoeForm:
-    """The form of a plan: its phase, the largest step's tokens and the weights' precision decide.
+def choose_form(phase: str, max_tokens: int, num_experts: int, top_k: int, formats: Collection[str]) -> MoeForm:
+    """The form of a plan: its phase, the largest step's tokens and the formats of the experts' weights decide.
 
     Up to one tile of tokens, routing saves no arithmetic over a conditional. A model whose tokens choose every expert
     gains from neither. Plans of both phases (embedded weights) are routed: a loop of zero turns reads no weights.
@@ -39,7 +40,7 @@ def choose_form(phase: str, max_tokens: int, num_experts: int, top_k: int, preci
     """
     if top_k >= num_experts:
         return "dense"
-    if phase == "decode" or max_tokens <= TILE_ROWS or precision in ("int8", "int4"):
+    if phase == "decode" or max_tokens <= TILE_ROWS or not {"int8", "int4"}.isdisjoint(formats):
         return "conditional"
     return "routed"
 

@@ -143,9 +143,9 @@ class Graph:
     def select(self, condition: trt.ITensor, a: trt.ITensor, b: trt.ITensor) -> trt.ITensor:
         return self.output_of(self.network.add_select(condition, a, b), f"select{_shapes(condition, a, b)}")
 
-    def gather(self, data: trt.ITensor, indices: trt.ITensor) -> trt.ITensor:
-        """Rows of `data`: [rows, ...] by [...] int32."""
-        layer = self.network.add_gather(data, indices, 0)
+    def gather(self, data: trt.ITensor, indices: trt.ITensor, axis: int = 0) -> trt.ITensor:
+        """Rows of `data`, [rows, ...], by indices [...] int32; or slices of another `axis`, by indices [n]."""
+        layer = self.network.add_gather(data, indices, axis)
         return self.output_of(layer, f"gather{_shapes(data, indices)}")
 
     def slice(self, x: trt.ITensor, axis: int, start: int, size: int, stride: int = 1) -> trt.ITensor:

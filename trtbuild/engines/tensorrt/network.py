@@ -51,7 +51,8 @@ def plan_moe_form(plan: RankPlan, segment: Segment, phase: Phase, limits: Engine
     if moe is None:
         return None
     tokens = limits.max_batch_size if phase == "decode" else limits.max_step_tokens
-    return choose_form(phase, tokens, moe.num_experts, moe.top_k, plan.precision.weights)
+    formats = {linear.precision for linear in segment.linears(plan).values() if linear.num_experts is not None}
+    return choose_form(phase, tokens, moe.num_experts, moe.top_k, formats)
 
 
 def build_network(

@@ -8,13 +8,15 @@ not an accounting of every buffer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trtbuild.checkpoints.layout import padded_vocab
 from trtbuild.checkpoints.model_config import MlaConfig
-from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.segments import Segment, moe_of
+from trtbuild.engines.tensorrt.bindings import is_always_input
 from trtbuild.engines.tensorrt.experts import MoeForm
 from trtbuild.engines.tensorrt.ops import Phase
 
@@ -40,7 +42,7 @@ def forecast(
     plan: RankPlan, segment: Segment, phase: Phase, limits: EngineLimits, moe_form: MoeForm | None, embedded: bool
 ) -> Forecast:
     """Forecast of one plan of a segment."""
-    weights = sum(spec.num_bytes for spec in segment.weights(plan).values()) if embedded else 0
+    weights = _embedded_bytes(plan, segment) if embedded else 0
     if segment.kind == "embed":
         return Forecast((GEMM_WORKSPACE,), weights)
     if segment.kind == "head":
@@ -48,12 +50,18 @@ def forecast(
     prefill, decode = (limits.chunk_size, 1), (limits.max_batch_size, limits.max_batch_size)
     steps = {"prefill": [prefill], "decode": [decode]}.get(phase, [prefill, decode])
     per_token = _attention_bytes(plan, segment, limits)
-    mixed = _moe_bytes(plan, segment, moe_form) if moe_form else _mlp_bytes(plan)
+    mixed = _moe_bytes(plan, segment, moe_form) if moe_form else _mlp_bytes(plan, segment)
     # A dense MLP reuses attention's buffers; conditionals and loops do not.
     step_bytes = per_token + mixed if moe_form else max(per_token, mixed)
     constant = GEMM_WORKSPACE + FIXED + _unpacked_bytes(plan, segment, moe_form)
     slot_bytes = _latent_copy(plan, limits)
     return Forecast(tuple(constant + slots * slot_bytes + tokens * step_bytes for tokens, slots in steps), weights)
+
+
+def _embedded_bytes(plan: RankPlan, segment: Segment) -> int:
+    inputs = (linear for linear in segment.linears(plan).values() if is_always_input(linear))
+    left_out = sum(spec.num_bytes for linear in inputs for spec in linear.tensors() if not spec.name.endswith(".bias"))
+    return sum(spec.num_bytes for spec in segment.weights(plan).values()) - left_out
 
 
 def _head_bytes(plan: RankPlan, limits: EngineLimits) -> int:
@@ -89,15 +97,17 @@ def _latent_copy(plan: RankPlan, limits: EngineLimits) -> int:
     return limits.cache_capacity * plan.config.mla.latent_dim * 2 if plan.config.mla else 0
 
 
-def _product_size(plan: RankPlan) -> int:
+def _product_size(*linears: Linear) -> int:
     """Bytes of an activation that a GEMM wrote: fp8 products are float32 until they are scaled."""
-    return 4 if plan.precision.weights == "fp8" else 2
+    return 4 if any(linear.precision in ("fp8", "fp8-dynamic") for linear in linears) else 2
 
 
-def _mlp_bytes(plan: RankPlan) -> int:
+def _mlp_bytes(plan: RankPlan, segment: Segment) -> int:
     hidden, inner = plan.config.hidden_size, plan.config.intermediate_size // plan.layout.layout.tp
-    size = _product_size(plan)
-    return 2 * inner * size + (inner if size == 4 else 0) + (4 + size) * hidden
+    linears = segment.linears(plan)
+    both = _product_size(linears["layers.0.mlp.fc"], linears["layers.0.mlp.gate"])
+    down = _product_size(linears["layers.0.mlp.proj"])
+    return 2 * inner * both + (inner if down == 4 else 0) + (4 + down) * hidden
 
 
 def _moe_bytes(plan: RankPlan, segment: Segment, form: MoeForm) -> int:
@@ -109,10 +119,12 @@ def _moe_bytes(plan: RankPlan, segment: Segment, form: MoeForm) -> int:
     inner = max(
         len(plan.layout.moe_tp_slice(moe.intermediate_size)), moe.shared_intermediate_size // plan.layout.layout.tp
     )
-    both = 2 * inner * _product_size(plan)
+    linears = segment.linears(plan)
+    shared = [linear for name, linear in linears.items() if name == "layers.0.mlp.shared_expert.fc"]
+    both = 2 * inner * _product_size(linears["layers.0.mlp.fc"], *shared)
     if form == "conditional":
         # Each expert's result keeps its own buffer, in every layer; of fp8 some stay float32.
-        size = 3 if _product_size(plan) == 4 else 2
+        size = 3 if _product_size(linears["layers.0.mlp.proj"]) == 4 else 2
         return both + segment.num_layers * (num_experts + 1) * size * hidden
     if form == "routed":
         # One float32 sum in each layer, which all its experts' loops add to.
@@ -127,24 +139,23 @@ def _unpacked_bytes(plan: RankPlan, segment: Segment, form: MoeForm | None) -> i
     attention's weights beside conditionals and loops.
     int4: one expert at a time in a loop.
     """
-    config, precision = plan.config, plan.precision.weights
-    if form is None:
-        return (
-            2 * 2 * config.hidden_size * (config.intermediate_size // plan.layout.layout.tp)
-            if precision == "int8"
-            else 0
-        )
+    linears = segment.linears(plan)
     moe = moe_of(plan, segment)
-    if moe is None or precision not in ("int8", "int4"):
-        return 0
-    attention = sum(
-        2 * linear.in_features * linear.out_features
-        for linear in segment.linears(plan).values()
-        if precision == "int8" and linear.num_experts is None
-    )
+    if moe is None:
+        both = [linears["layers.0.mlp.fc"], linears["layers.0.mlp.gate"]]
+        return _unpacked(both) if all(linear.precision == "int8" for linear in both) else 0
+    experts = [linear for linear in linears.values() if linear.num_experts is not None]
+    int8 = [linear for linear in linears.values() if linear.precision == "int8"]
+    attention = _unpacked([linear for linear in int8 if linear.num_experts is None])
     if form == "conditional":
         return attention
-    expert = 2 * 3 * config.hidden_size * len(plan.layout.moe_tp_slice(moe.intermediate_size))
-    if precision == "int8":
-        return attention + expert * len(plan.layout.experts(moe.num_experts)) * segment.num_layers
-    return expert if form == "routed" else 0
+    stacks = _unpacked([linear for linear in experts if linear.precision == "int8"])
+    one_layer = [linears["layers.0.mlp.fc"], linears["layers.0.mlp.proj"]]
+    one_expert = _unpacked([linear for linear in one_layer if linear.precision == "int4"])
+    num_experts = len(plan.layout.experts(moe.num_experts))
+    return attention + stacks * num_experts + (one_expert if form == "routed" else 0)
+
+
+def _unpacked(linears: Sequence[Linear]) -> int:
+    """Bytes in 16 bit, of one expert of a stack."""
+    return sum(2 * linear.in_features * linear.out_features for linear in linears)

@@ -13,7 +13,7 @@ from typing import Any
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.limits import EngineLimits
-from trtbuild.engines.network.segments import Segment, cut_into_segments, moe_of
+from trtbuild.engines.network.segments import Segment, cut_into_segments, has_int4, moe_of
 from trtbuild.engines.tensorrt.plan_record import ServedSegment
 
 # Weights in one plan. The builder holds about three times as much while it works.
@@ -24,7 +24,7 @@ NETWORK_VERSION = 2
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """moe_form: None for the form that each plan's phase calls for; embed_weights: int4 decoders always are."""
+    """moe_form: None for the form that each plan's phase calls for; embed_weights: segments with int4 always are."""
 
     limits: EngineLimits
     targets: tuple[str, ...]
@@ -63,13 +63,12 @@ def plan_tasks(plans: Sequence[RankPlan], options: BuildOptions, weights_digest:
 
 def engine_segments(plan: RankPlan, options: BuildOptions) -> list[Segment]:
     """The segments of one rank; where weights are embedded, so short that building one takes a bounded memory."""
-    embeds = options.embed_weights or plan.precision.weights == "int4"
-    return cut_into_segments(plan, options.segment_layers, EMBEDDED_BYTES if embeds else None)
+    return cut_into_segments(plan, options.segment_layers, EMBEDDED_BYTES, only_int4=not options.embed_weights)
 
 
 def is_embedded(plan: RankPlan, segment: Segment, options: BuildOptions) -> bool:
-    """Decoder weights in int4 always stand in the plan, others on request; the tables of embed and head never do."""
-    return segment.kind == "decoder" and (options.embed_weights or plan.precision.weights == "int4")
+    """Decoder weights beside any in int4 always stand in the plan, others on request; embed's and head's never do."""
+    return segment.kind == "decoder" and (options.embed_weights or has_int4(plan, segment))
 
 
 def _segment_tasks(
@@ -107,12 +106,20 @@ def _signature(plan: RankPlan, segment: Segment, phase: str, options: BuildOptio
         "sizes": [config.hidden_size, config.norm_epsilon, config.vocab_size],
         "biases": [config.qkv_bias, config.dense_bias, config.mlp_bias],
         "moe": _moe_signature(plan, segment),
-        "precision": asdict(plan.precision),
+        "precision": _precision_signature(plan, segment),
         "layout": [layout.tp, layout.moe_tp, layout.moe_ep],
         "limits": [limits.max_batch_size, limits.max_seq_len, limits.chunk_size],
         "targets": list(options.targets),
         "moe_form": options.moe_form,
     }
+
+
+def _precision_signature(plan: RankPlan, segment: Segment) -> dict[str, Any]:
+    """Where layers have forms of their own, those of this segment: what others have is no matter of it."""
+    if not plan.precision.modules:
+        return {"weights": plan.precision.weights, "dtype": plan.precision.dtype}
+    forms = {name: asdict(linear.form) for name, linear in segment.linears(plan).items()}
+    return {"forms": forms, "dtype": plan.precision.dtype}
 
 
 def _moe_signature(plan: RankPlan, segment: Segment) -> dict[str, Any] | None:

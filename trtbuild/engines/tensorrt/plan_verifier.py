@@ -7,11 +7,11 @@ So every build is read back, and a difference fails it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.segments import Segment, moe_of
 from trtbuild.engines.tensorrt.experts import MoeForm
@@ -24,19 +24,24 @@ SCRATCH_TOLERANCE = 1.5
 # The builder's figure counts padding and kernels' constants; equal weights are stored once.
 WEIGHT_TOLERANCE = 1.15
 
+# What the operands of a matrix multiply tell: "plain" is 16 bit or float32.
+KINDS = ("fp8", "int8", "int4", "plain")
+_KIND_OF_FORMAT = {"fp8": "fp8", "fp8-dynamic": "fp8", "int8": "int8", "int4": "int4"}
+_PACKED = ("int4", "int8")
+
 
 @dataclass(frozen=True)
 class Expectation:
     """What a plan must show.
 
-    num_quantized_gemms: matrix multiplies of quantized layers in one program; num_conditionals: experts' branches or
-    loops in one program.
+    formats: of the segment's linear layers. gemms: least and most matrix multiplies of one program, by `KINDS`.
+    num_conditionals: experts' branches or loops in one program.
     """
 
     targets: tuple[str, ...]
     world_size: int | None
-    precision: str
-    num_quantized_gemms: int
+    formats: tuple[str, ...]
+    gemms: dict[str, tuple[int, int]]
     moe_form: MoeForm | None
     num_conditionals: int
     num_collectives: int
@@ -60,7 +65,6 @@ def expect(
 ) -> Expectation:
     """What the plan of a segment must show, from the rank plan alone."""
     tp = plan.layout.layout.tp
-    linears = segment.linears(plan).values()
     branches = 0
     moe = moe_of(plan, segment)
     if moe_form in ("conditional", "routed") and moe:
@@ -70,8 +74,8 @@ def expect(
     return Expectation(
         targets=targets,
         world_size=tp if collectives else None,
-        precision=plan.precision.weights,
-        num_quantized_gemms=sum(linear.num_experts or 1 for linear in linears if linear.is_quantized),
+        formats=tuple(dict.fromkeys(linear.precision for linear in segment.linears(plan).values())),
+        gemms=_expected_gemms(plan, segment, moe_form, embedded),
         moe_form=moe_form,
         num_conditionals=branches,
         num_collectives=collectives,
@@ -79,6 +83,52 @@ def expect(
         forecast=forecast(plan, segment, phase, limits, moe_form, embedded),
         embedded=embedded,
     )
+
+
+def _expected_gemms(
+    plan: RankPlan, segment: Segment, form: MoeForm | None, embedded: bool
+) -> dict[str, tuple[int, int]]:
+    """Least and most matrix multiplies by kind of operands.
+
+    int8 may be unpacked to scratch, and layers that share an input become one; int4 experts in a loop are unpacked too
+    (the scratch check bounds what that takes). Constants in fp8 that multiply the same values become one multiply.
+    """
+    most: Counter[str] = Counter({"plain": _num_other_gemms(plan, segment)})
+    least: dict[str, set[Hashable]] = {kind: set() for kind in KINDS}
+    for name, linear in segment.linears(plan).items():
+        kind, count = _KIND_OF_FORMAT.get(linear.precision, "plain"), linear.num_experts or 1
+        most[kind] += count
+        # Zero points have a multiply of their own.
+        most["plain"] += count * linear.form.zeros
+        if kind == "int8" or (kind == "int4" and form == "routed" and linear.num_experts is not None):
+            most["plain"] += count
+        elif kind == "fp8" and embedded and _shares_input(plan, name, linear, form):
+            _, layer, block, *_ = name.split(".")
+            least[kind].add((layer, block, linear.form))
+        elif kind in ("fp8", "int4"):
+            least[kind].update((name, i) for i in range(count))
+    return {kind: (len(least[kind]), most[kind]) for kind in KINDS}
+
+
+def _shares_input(plan: RankPlan, name: str, linear: Linear, form: MoeForm | None) -> bool:
+    """Whether a layer multiplies the very tensor that others of its block do; in a branch or loop none does."""
+    if linear.num_experts is not None and form != "dense":
+        return False
+    shared = ["attention.fused_a", "mlp.fc", "mlp.gate", "mlp.shared_expert.fc"]
+    if plan.config.mla and not plan.config.mla.q_lora_rank:
+        shared.append("attention.q_b_proj")
+    return name.split(".", 2)[2] in shared
+
+
+def _num_other_gemms(plan: RankPlan, segment: Segment) -> int:
+    """Multiplies besides the quantizable layers': lm_head; in a layer the router, the shared expert's gate, and of
+    latent attention the heads' keys and values, the scores and the sum. Other attention is one fused kernel.
+    """
+    if segment.kind != "decoder":
+        return int(segment.kind == "head")
+    moe = moe_of(plan, segment)
+    in_layer = (1 + moe.shared_gate if moe else 0) + (4 if plan.config.mla else 0)
+    return segment.num_layers * in_layer
 
 
 def verify_plan(name: str, text: PlanText, expected: Expectation) -> dict[str, Any]:
@@ -119,7 +169,7 @@ def _memory_problems(text: PlanText, expected: Expectation) -> Iterator[str]:
     if text.weight_bytes > most:
         yield (
             f"weights in the plan are {text.weight_bytes:,} bytes, forecast {expected.forecast.weights:,} "
-            f"from {expected.precision}"
+            f"from {', '.join(expected.formats) or '16 bit'}"
         )
     if expected.embedded and text.weight_bytes < expected.forecast.weights / WEIGHT_TOLERANCE - SMALL_CONSTANTS:
         yield f"weights in the plan are only {text.weight_bytes:,} bytes of {expected.forecast.weights:,}"
@@ -140,15 +190,17 @@ def _program_problems(program: Program, expected: Expectation, named: frozenset[
 
 
 def _gemm_problems(program: Program, expected: Expectation) -> Iterator[str]:
-    """fp8 shows in both operands. int4 and int8 multiply 16-bit activations; that they stay packed shows in memory."""
-    found = sum(operands[:2] == ("fp8_e4m3", "fp8_e4m3") for operands in program.gemms)
-    asked = expected.num_quantized_gemms if expected.precision == "fp8" else 0
-    if found != asked:
-        yield f"asked for {asked} fp8 matrix multiplies, found {found} among {_count(program)}"
-    total = len(program.gemms)
-    # int8 layers that share an input become one multiply.
-    if expected.precision != "int8" and total < expected.num_quantized_gemms:
-        yield f"asked for {expected.num_quantized_gemms} matrix multiplies of {expected.precision}, found {total}"
+    found = Counter(_kind_of(operands) for operands in program.gemms)
+    for kind, (least, most) in expected.gemms.items():
+        if not least <= found[kind] <= most:
+            asked = str(most) if least == most else f"{least} to {most}"
+            yield f"asked for {asked} {kind} matrix multiplies, found {found[kind]} among {_count(program)}"
+
+
+def _kind_of(operands: tuple[str, ...]) -> str:
+    """fp8 shows in both operands; int4 and int8 multiply 16-bit activations and show in what is unpacked on the way."""
+    packed = next((kind for kind in operands if kind in _PACKED), None)
+    return packed or ("fp8" if operands[:2] == ("fp8_e4m3", "fp8_e4m3") else "plain")
 
 
 def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
@@ -165,6 +217,5 @@ def _moe_problems(program: Program, expected: Expectation) -> Iterator[str]:
 
 def _count(program: Program) -> dict[str, int]:
     """How many multiplies have which operand types; of a fused dequantization, the packed weight's type counts."""
-    packed = ("int4", "int8")
-    pairs = ((types[0], next((t for t in types if t in packed), types[:2][-1])) for types in program.gemms if types)
+    pairs = ((types[0], next((t for t in types if t in _PACKED), types[:2][-1])) for types in program.gemms if types)
     return dict(Counter(" x ".join(pair) for pair in pairs))

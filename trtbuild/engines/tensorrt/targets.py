@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import Precision, as_format
 from trtbuild.errors import refuse_all
 
 TARGETS: dict[str, str] = {
@@ -22,18 +22,29 @@ TARGETS: dict[str, str] = {
 }
 
 # The lowest compute capability whose kernels exist for a weight or activation type.
-MIN_SM = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89}
+MIN_SM = {"fp16": 75, "bf16": 80, "int8": 80, "int4": 80, "fp8": 89, "fp8-dynamic": 89}
 # A router's logits are a float32 matrix multiply.
 MIN_SM_MOE = 80
 
 
+def formats_of(precision: Precision) -> tuple[str, ...]:
+    """Formats of the linear layers and the 16-bit type of the rest, each once.
+
+    Before modules are chosen, "auto" counts as int4, which every mixture may hold.
+    """
+    found = dict.fromkeys(form.format for _, form in precision.modules if form.is_quantized)
+    if precision.weights != "auto" or not precision.modules:
+        found[as_format(precision.weights)] = None
+    return tuple(found | {precision.dtype: None})
+
+
 def problems(target: str, precision: Precision, moe: bool = False) -> list[str]:
-    """What `target` ("sm89") lacks for the weights' precision, the 16-bit type of the rest, or an MoE's router."""
+    """What `target` ("sm89") lacks for the weights' formats, the 16-bit type of the rest, or an MoE's router."""
     if target not in TARGETS:
         return [f"{target} is no target of TensorRT-RTX, which has {', '.join(TARGETS)}"]
     able = int(target[2:])
-    needed = dict.fromkeys((precision.weights, precision.dtype))
-    found = [f"{TARGETS[target]} has no {name}, which needs sm{MIN_SM[name]}" for name in needed if able < MIN_SM[name]]
+    needed = [name for name in formats_of(precision) if able < MIN_SM[name]]
+    found = [f"{TARGETS[target]} has no {name}, which needs sm{MIN_SM[name]}" for name in needed]
     if moe and able < MIN_SM_MOE:
         found.append(f"{TARGETS[target]} has no float32 matrix multiply, which a router needs (sm{MIN_SM_MOE})")
     return [f"{target}: {problem}" for problem in found]
