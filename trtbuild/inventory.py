@@ -188,8 +188,16 @@ def _describe(stage: Stage, authority: dict[str, Any]) -> str:
     parts = [authority["model"]["architecture"], precision, ranks]
     if stage == "engines":
         parts += [f"{authority['builder']['name']} {authority['builder']['version']}", authority["created"][:10]]
-        parts += [] if authority["digests"]["weights"] else ["plans only"]
+        parts += [_accuracy(authority)] if authority["digests"]["weights"] else ["plans only"]
     return ", ".join(parts)
+
+
+def _accuracy(passport: dict[str, Any]) -> str:
+    from trtbuild.engines.passport import accuracy_state
+
+    state = accuracy_state(passport)
+    told = {"none": "not verified", "stale": "verified before it changed", "failed": "failed verify"}
+    return told.get(state) or f"verified {passport['accuracy']['date'][:10]}"
 
 
 def _can_go(item: Item, items: Sequence[Item], rank_checkpoints: bool) -> bool:

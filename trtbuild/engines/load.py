@@ -47,14 +47,18 @@ class LoadedEngine:
 
 
 def load_engine(
-    engine_dir: Path, num_slots: int | None = None, dtype: str | None = None, executor: str = "auto"
+    engine_dir: Path,
+    num_slots: int | None = None,
+    dtype: str | None = None,
+    executor: str = "auto",
+    device: str | None = None,
 ) -> LoadedEngine:
     """Check the passport, then load the engine for the executor that suits this machine, which is said aloud.
 
     executor: "tensorrt" (on GPUs that the plans were compiled for), "reference" (PyTorch, on a CPU, or CUDA where torch
     has it), or "auto": the first that can. `num_slots` defaults to the engine's batch size, or fewer where memory is
-    short. `dtype` overrides the compute type of the reference executor. Raises Refused or CheckpointError before any
-    weight is read.
+    short. `dtype` and `device` override the compute type and place (a GPU, where there is one) of the reference
+    executor. Raises Refused or CheckpointError before any weight is read.
     """
     passport = Passport.open(engine_dir)
     passport.check_runnable()
@@ -67,18 +71,20 @@ def load_engine(
     if choice.name == "tensorrt":
         loaded = load_tensorrt(engine_dir, num_slots)
     else:
-        loaded = _load_reference(passport, num_slots, dtype)
+        loaded = _load_reference(passport, num_slots, dtype, device)
     has_tokenizer = any(passport.tokenizer_directory.glob("tokenizer*"))
     tokenizer = load_tokenizer(passport.tokenizer_directory) if has_tokenizer else None
     return LoadedEngine(passport.name, loaded, tokenizer, eos_token_ids(passport, tokenizer), passport.data, choice.why)
 
 
-def _load_reference(passport: Passport, num_slots: int | None, dtype: str | None) -> ReferenceExecutor:
+def _load_reference(
+    passport: Passport, num_slots: int | None, dtype: str | None, device: str | None
+) -> ReferenceExecutor:
     checkpoint = RankCheckpoint.open(passport.directory)
     return ReferenceExecutor(
         checkpoint.plans, checkpoint.tensor, passport.limits,
         num_slots=_fitting_slots(passport, num_slots), dtype=DTYPES[dtype] if dtype else None,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
     )  # fmt: skip
 
 

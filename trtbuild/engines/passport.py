@@ -3,16 +3,18 @@
 It is read and checked before anything else of an engine is. The rule of its format version: a new field that an old
 reader may leave out, with a default that is true of old engines, keeps the version. Whatever would make a reader of one
 version go wrong with the other changes it, and then an engine of another version is refused with the command that
-rebuilds it: it was made by another trtbuild, whose plans nobody has checked against this one's network. Engines are
-never rewritten in place. 1: first. 2: kv_cache, model card, content digests; experts' loops add to one sum.
+rebuilds it: it was made by another trtbuild, whose plans nobody has checked against this one's network. Of an engine
+only the record of accuracy is ever rewritten. 1: first. 2: kv_cache, model card, content digests; experts' loops add to
+one sum.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
@@ -20,14 +22,16 @@ from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, rank_file
 from trtbuild.checkpoints.safetensors_file import read_header, sampled_digest
 from trtbuild.engines.limits import EngineLimits
-from trtbuild.errors import CheckpointError, Refused
-from trtbuild.workspace import read_json
+from trtbuild.errors import CheckpointError, Refused, refuse_all
+from trtbuild.workspace import digest_of, read_json, write_json
 
 FORMAT_VERSION = 2
 PASSPORT = "engine.json"
 PLAN_DIRECTORY = "plans"
 TOKENIZER_DIRECTORY = "tokenizer"
 MODEL_CARD_DIRECTORY = "model_card"
+
+AccuracyState = Literal["passed", "failed", "none", "stale"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,25 @@ class Passport:
     def tokenizer_directory(self) -> Path:
         return self.directory / TOKENIZER_DIRECTORY
 
+    def accuracy_state(self) -> AccuracyState:
+        """Whether `trtbuild verify` passed for what this engine now is."""
+        return accuracy_state(self.data)
+
+    def check_accuracy(self) -> str | None:
+        """Before an engine is given to others: Refused where verify failed; a warning where nothing is known."""
+        state, command = self.accuracy_state(), f"trtbuild verify {self.name}"
+        if state == "failed":
+            record = self.data["accuracy"]
+            refuse_all(
+                f"{self.name} failed verify on {record['date']}; build it again, or {command} with other limits",
+                record["failures"],
+            )
+        if state == "stale":
+            return f"{self.name}: its record of accuracy is of other content; {command} makes a new one"
+        if state == "none":
+            return f"{self.name}: its accuracy was never checked; {command} compares it with its source"
+        return None
+
     def check_runnable(self) -> None:
         """Raises Refused for an engine without weights."""
         if not self.has_weights:
@@ -101,6 +124,34 @@ class Passport:
                 if found[group].get(file) != digest:
                     state = "is missing" if file not in found[group] else "differs from what was built"
                     raise CheckpointError(f"{self.directory}: {file} {state}; rebuild: {self.rebuild} --force")
+
+
+def verified_digest(data: Mapping[str, Any]) -> str:
+    """What a record of accuracy is of: everything else in the passport, with the digests of all files."""
+    return digest_of({key: value for key, value in data.items() if key != "accuracy"})
+
+
+def accuracy_state(data: Mapping[str, Any]) -> AccuracyState:
+    """Of a passport's content; "stale" where its record was made of another content."""
+    record = data.get("accuracy")
+    if not record:
+        return "none"
+    if record["engine_digest"] != verified_digest(data):
+        return "stale"
+    return "passed" if record["passed"] else "failed"
+
+
+def write_accuracy(passport: Passport, record: Mapping[str, Any]) -> Passport:
+    """Put a record of `passport`'s content into engine.json, which is replaced in one step.
+
+    Raises Refused where the engine was built again meanwhile.
+    """
+    now, digest = Passport.open(passport.directory), verified_digest(passport.data)
+    if verified_digest(now.data) != digest:
+        raise Refused(f"{passport.directory} was built again while it was verified; verify it again")
+    data = now.data | {"accuracy": {**record, "engine_digest": digest}}
+    write_json(passport.directory / PASSPORT, data)
+    return Passport(passport.directory, data)
 
 
 def file_digests(
