@@ -16,6 +16,7 @@ from trtbuild.cli_options import (
     pool_options,
     recipe_options,
     sampling_options,
+    verify_options,
     workers_option,
     workspace_option,
 )
@@ -106,6 +107,7 @@ def convert(
 
     place = Workspace(workspace)
     job = Job.resolve(_recipe(model, flags), sources=place.sources, progress=terminal_progress)
+    job = job.settle(place, terminal_progress)
     with open_pool(executor, ray_address, workspace, workers) as pool:
         checkpoint = convert_model(
             job, place, workers=workers, force=force, progress=terminal_progress, pool=pool
@@ -144,6 +146,7 @@ def compile(
 
     place = Workspace(workspace)
     job = Job.resolve(_recipe(model, flags), sources=place.sources, progress=terminal_progress)
+    job = job.settle(place, terminal_progress)
     with open_pool(executor, ray_address, workspace, workers) as pool:
         report, memory = compile_watched(
             job, place,
@@ -255,6 +258,32 @@ def generate(
         engine, prompt, params, chat=chat, dtype=dtype, executor=executor, threads=threads, as_json=as_json,
         progress=terminal_progress,
     )  # fmt: skip
+
+
+@main.command()
+@click.argument("name")
+@verify_options
+@workspace_option
+@json_option
+def verify(name: str, html: Path | None, workspace: Path, as_json: bool, **given: Any) -> None:
+    """Compare the engine NAME with the checkpoint that it was made from, and record how good it is.
+
+    Perplexity, KL divergence and top-1 agreement over texts, every block of every layer, the same answer in any batch,
+    a prompt at the engine's limit, and --golden questions. Ends with 4 where a limit is not met.
+    """
+    from trtbuild.accuracy.record import print_record
+    from trtbuild.accuracy.verify import VerifyOptions, check_passed, verify_engine
+    from trtbuild.progress import terminal_progress
+    from trtbuild.workspace import Workspace
+
+    place, options = Workspace(workspace), VerifyOptions.from_flags(**given)
+    passport = verify_engine(place.engine(name), options, sources=place.sources, progress=terminal_progress)
+    print_record(name, passport.data["accuracy"], as_json)
+    if html is not None:
+        from trtbuild.accuracy.report_html import write_report
+
+        write_report(html, passport.data)
+    check_passed(passport)
 
 
 if __name__ == "__main__":

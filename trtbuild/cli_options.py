@@ -24,7 +24,13 @@ def recipe_options(command: F) -> F:
     options = [
         click.option("--name", help="NAME of the result.  [default: MODEL-PRECISION-tpN...]"),
         click.option("--revision", help="Hub revision (branch, tag or commit)."),
-        click.option("--precision", type=click.Choice(["bf16", "fp16", "fp8", "int8", "int4"]), help="[default: bf16]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4", "int4-awq", "int4-gptq", "auto"]),
+            help="auto mixes, within --budget or --max-loss.  [default: bf16, or the checkpoint's own]",
+        ),
+        click.option("--budget", metavar="SIZE", help="auto: bytes of weights on each GPU, e.g. 22GiB."),
+        click.option("--max-loss", metavar="SHARE", help="auto: how much perplexity may grow, e.g. 0.5%."),
         click.option(
             "--kv-cache", type=click.Choice(["auto", "bf16", "fp16", "fp8"]), help="[default: auto, the 16-bit type]"
         ),
@@ -32,9 +38,7 @@ def recipe_options(command: F) -> F:
         click.option("--pp", type=int, metavar="N", help="Pipeline stages.  [default: 1]"),
         click.option("--moe-tp", type=int, metavar="N", help="Ranks that cut each expert.  [default: tp / moe-ep]"),
         click.option("--moe-ep", type=int, metavar="N", help="Ranks that share out the experts.  [default: 1]"),
-        click.option(
-            "--calib-data", type=click.Path(path_type=Path), help="Text to calibrate fp8 on.  [default: bundled]"
-        ),
+        click.option("--calib-data", type=click.Path(path_type=Path), help="Text to calibrate on.  [default: bundled]"),
         click.option(
             "--lora",
             multiple=True,
@@ -119,6 +123,49 @@ def sampling_options(command: F) -> F:
             "--logprobs", type=int, metavar="N", help="Log-probabilities of the N likeliest tokens (with --json)."
         ),
     ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _part(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    """2% or 0.02."""
+    from trtbuild.accuracy.gate import parse_part
+
+    try:
+        return None if value is None else parse_part(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _new_file(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """Found out before the work, not after it."""
+    if value is not None and not value.absolute().parent.is_dir():
+        raise click.BadParameter(f"{value.parent} is not a directory")
+    return value
+
+
+def verify_options(command: F) -> F:
+    """The flags of `accuracy.verify.VerifyOptions.from_flags`, and where to put the page."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    options = [
+        click.option("--source", metavar="MODEL", help="Where the source checkpoint is now.  [default: where it was]"),
+        click.option("--text", "texts", type=file, multiple=True, help="To compare on; repeatable.  [default: ours]"),
+        click.option("--num-tokens", type=click.IntRange(min=64), help="Of each text, at most.  [default: 4096]"),
+        click.option("--golden", type=file, help="Questions and what their answers must be, as JSON lines."),
+        click.option("--max-ppl-increase", callback=_part, metavar="PART", help="2% or 0.02.  [default: by precision]"),
+        click.option("--max-kl", type=click.FloatRange(min=0), help="Mean nats a token.  [default: by precision]"),
+        click.option("--min-top1", callback=_part, metavar="PART", help="95% or 0.95.  [default: by precision]"),
+        click.option(
+            "--max-layer-error", type=click.FloatRange(min=0), help="Of every block.  [default: by its precision]"
+        ),
+        click.option("--html", type=file, callback=_new_file, help="Also write a page with everything."),
+        click.option(
+            "--executor", type=click.Choice(["auto", "reference", "tensorrt"]), default="auto", show_default=True,
+            help="What answers for the engine.",
+        ),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the source and the reference executor."),
+    ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command

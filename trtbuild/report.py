@@ -26,6 +26,52 @@ def print_conversion(checkpoint: RankCheckpoint, as_json: bool) -> None:
     click.echo(f"rank checkpoint  {checkpoint.directory}")
     click.echo(f"  ranks          {len(sizes)}, {', '.join(_mib(size) for size in sizes)}")
     click.echo(f"  linear layers  {_describe_precisions(linears)}")
+    _print_choices(checkpoint.authority)
+
+
+def _print_choices(authority: dict[str, Any]) -> None:
+    """What a quantized checkpoint's values became, and a mixture as a picture: layers x projections."""
+    for note in authority.get("notes") or ():
+        click.echo(f"  note           {note}")
+    tensors = authority["tensors"]
+    origins = Counter(entry["origin"] for entry in tensors.values() if entry.get("origin"))
+    for origin, count in sorted(origins.items()):
+        click.echo(f"  values         {count} linear layers: {origin}")
+    mixture = authority.get("mixture")
+    if mixture is None:
+        return
+    predicted = mixture["predicted_perplexity_increase"]
+    click.echo(
+        f"  mixture        predicted to raise perplexity by {100 * predicted:.2f} %; `trtbuild verify` measures it"
+    )
+    for line in draw_mixture(mixture["formats"]):
+        click.echo(f"    {line}")
+
+
+_SIGNS = {"int4": ("4", "red"), "fp8-dynamic": ("f", "yellow"), "int8": ("8", "green")}
+
+
+def draw_mixture(formats: dict[str, str]) -> list[str]:
+    """A line for each projection with a sign for each decoder layer, and what the signs mean; coloured."""
+    rows: dict[str, dict[int, str]] = {}
+    for name, form in formats.items():
+        _, _, layer, projection = name.split(".", 3)
+        rows.setdefault(projection, {})[int(layer)] = form
+    depth = 1 + max(layer for row in rows.values() for layer in row)
+    width = max(map(len, rows))
+    lines = []
+    for projection in sorted(rows):
+        signs = (_sign(rows[projection].get(layer)) for layer in range(depth))
+        lines.append(f"{projection:{width}}  {''.join(signs)}")
+    used = dict.fromkeys(form for row in rows.values() for form in row.values())
+    return [*lines, "layers from left to right; " + ", ".join(f"{_sign(form)} {form}" for form in used)]
+
+
+def _sign(form: str | None) -> str:
+    if form is None:
+        return " "
+    sign, colour = _SIGNS.get(form, ("#", "blue"))
+    return click.style(sign, fg=colour)
 
 
 def print_engine(report: CompileReport, memory: MemoryReport, as_json: bool) -> None:
@@ -46,6 +92,7 @@ def print_engine(report: CompileReport, memory: MemoryReport, as_json: bool) -> 
     )
     if passport["tensors"]:
         click.echo(f"  weights  linear layers: {_describe_precisions(_precisions(passport['tensors']))}")
+        _print_choices(passport)
     builder = passport["builder"]
     click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}")
     for plan in passport["plans"]:

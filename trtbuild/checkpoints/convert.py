@@ -20,7 +20,8 @@ import trtbuild
 from trtbuild.checkpoints.content import ALGORITHM, changed_tensors, stack_digest
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.layout import Layout
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import CALIBRATED, Precision
+from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, FORMAT_VERSION, RankCheckpoint, plan_stacks
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
@@ -43,23 +44,31 @@ SYNC_SECONDS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class ActivationRange:
-    """What calibration saw at one linear layer's input, and how many tokens each expert really got."""
+    """What calibration saw at one linear layer's input, and how many tokens each expert really got.
 
-    amax: float
+    `amax` is None where no activation scale is asked for.
+    """
+
+    amax: float | None
     tokens_per_expert: tuple[int, ...] = ()
 
 
 def range_from_dict(data: dict[str, Any]) -> ActivationRange:
     """Inverse of `dataclasses.asdict`."""
-    return ActivationRange(float(data["amax"]), tuple(data["tokens_per_expert"]))
+    return ActivationRange(data["amax"], tuple(data["tokens_per_expert"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How to find the activation ranges, and what identifies the result: text digest, tokens."""
+    """How to find the activation ranges, and what identifies the result: text digest, tokens.
+
+    `prepare` gives the checkpoint with the linear layers that the calibration has quantized, if it quantizes any; what
+    it found before it finds again.
+    """
 
     identity: dict[str, Any]
     run: Callable[[], dict[str, ActivationRange]]
+    prepare: Callable[[], PreparedSource] | None = None
 
 
 def convert(
@@ -79,13 +88,13 @@ def convert(
 
     The work is done by `workers` threads, or, calibration apart, by `pool`'s workers.
 
-    `calibration` is needed for fp8, and run only if there is work. `provenance` goes into trtbuild.json as it is.
-    Raises Refused before work starts where the layout or the disk does not allow it.
+    `calibration` is needed for fp8 and the calibrated int4 precisions, and run only if there is work. `provenance` goes
+    into trtbuild.json as it is. Raises Refused before work starts where the layout or the disk does not allow it.
     """
     layout.check(source.config)
     plans = [plan_rank(source.config, rank, precision) for rank in layout.ranks()]
-    if precision.weights == "fp8" and calibration is None:
-        raise ValueError("fp8 needs a calibration")
+    if calibration is None and precision.weights in ("fp8", *CALIBRATED) and not precision.modules:
+        raise ValueError(f"{precision.weights} needs a calibration")
     request = {
         "format": FORMAT_VERSION,
         "source": source.digest,
@@ -93,14 +102,16 @@ def convert(
         "precision": precision.to_dict(),
         "calibration": calibration.identity if calibration else None,
     }
-    with staged(directory, request, force=force) as partial, _torch_threads(1):
+    with staged(directory, request, force=force) as partial:
         if partial is None:
             _check_source(directory, source, progress)
         else:
             fingerprint = source.fingerprint()
             _drop_outdated(partial, source, fingerprint)
             ranges = _activation_ranges(partial, calibration)
-            records = _fill(partial, plans, source, ranges, workers, progress, pool)
+            reader = calibration.prepare() if calibration and calibration.prepare else source
+            with _torch_threads(1):
+                records = _fill(partial, plans, reader, ranges, workers, progress, pool)
             if source.fingerprint() != fingerprint:
                 raise CheckFailed(f"{source.directory} was changed while it was read; give the command again")
             _write_configs(partial, source, layout, precision, provenance or {}, {
@@ -163,7 +174,7 @@ def _activation_ranges(partial: Path, calibration: Calibration | None) -> dict[s
 def _fill(
     partial: Path,
     plans: list[RankPlan],
-    source: CheckpointSource,
+    source: CheckpointSource | PreparedSource,
     ranges: dict[str, ActivationRange],
     workers: int,
     progress: ProgressFactory,
@@ -176,7 +187,7 @@ def _fill(
         (partial / JOURNAL).unlink(missing_ok=True)
         files.allocate(missing)
     units = cut_into_units(plans)
-    amax = {name: found.amax for name, found in ranges.items()}
+    amax = {name: found.amax for name, found in ranges.items() if found.amax is not None}
     with files, Journal(partial / JOURNAL, files.sync, SYNC_SECONDS) as journal:
 
         def work(unit: Unit) -> None:
@@ -243,13 +254,17 @@ def manifest(plans: list[RankPlan], records: list[UnitRecord], ranges: dict[str,
 
 def _merge(entry: dict[str, Any], found: dict[str, Any], activations: ActivationRange | None) -> None:
     """Fold one layer, or one expert of a stack, into its layer's entry."""
+    if found["origin"] is not None:
+        entry["origin"] = found["origin"]
     if found["scale_min"] is None:
         return
     entry["scale_min"] = min(found["scale_min"], entry.get("scale_min", found["scale_min"]))
     entry["scale_max"] = max(found["scale_max"], entry.get("scale_max", found["scale_max"]))
-    # The worst expert counts: an average would hide one that is broken.
-    error = (found["error_squares"] / found["weight_squares"]) ** 0.5 if found["weight_squares"] else 0.0
-    entry["relative_error"] = max(error, entry.get("relative_error", 0.0))
+    # Of weights that came quantized there is nothing to compare with.
+    if found["weight_squares"] or found["origin"] is None:
+        # The worst expert counts: an average would hide one that is broken.
+        error = (found["error_squares"] / found["weight_squares"]) ** 0.5 if found["weight_squares"] else 0.0
+        entry["relative_error"] = max(error, entry.get("relative_error", 0.0))
     entry |= {key: found[key] for key in ("group_size", "activation_scale") if found[key] is not None}
     if activations and activations.tokens_per_expert:
         entry["calibration_tokens_per_expert"] = list(activations.tokens_per_expert)

@@ -11,14 +11,16 @@ import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
 from trtbuild.checkpoints.shards import Unit, UnitRecord, cut_into_units, fill_unit
@@ -40,7 +42,7 @@ class Conversion:
 
     token: str
     directory: Path = field(compare=False)
-    source: CheckpointSource = field(compare=False)
+    source: CheckpointSource | PreparedSource = field(compare=False)
     source_digest: str = field(compare=False)
     layout: Layout = field(compare=False)
     precision: Precision = field(compare=False)
@@ -48,12 +50,15 @@ class Conversion:
 
     @classmethod
     def of(
-        cls, directory: Path, source: CheckpointSource, plans: Sequence[RankPlan], amax: dict[str, float]
+        cls,
+        directory: Path,
+        source: CheckpointSource | PreparedSource,
+        plans: Sequence[RankPlan],
+        amax: dict[str, float],
     ) -> Conversion:
-        adapters = tuple(replace(adapter, directory=adapter.directory.absolute()) for adapter in source.adapters)
-        # A copy: what `source` has mapped and read stays here.
-        bare = replace(source, directory=source.directory.absolute(), adapters=adapters)
         layout, precision = plans[0].layout.layout, plans[0].precision
+        # A copy: what `source` has mapped and read stays here.
+        bare = source.portable()
         return cls(uuid.uuid4().hex, directory.absolute(), bare, source.digest, layout, precision, amax)
 
 
@@ -71,7 +76,7 @@ def run_on_pool(
             yield from records
 
 
-def source_bytes(units: Sequence[Unit], source: CheckpointSource) -> list[int]:
+def source_bytes(units: Sequence[Unit], source: SourceReader) -> list[int]:
     """Bytes of each unit's sources, in 16 bit."""
     return [2 * sum(math.prod(source.shape(name)) for name in unit.sources) for unit in units]
 
@@ -108,7 +113,7 @@ def fill_batch(conversion: Conversion, keys: tuple[str, ...]) -> list[UnitRecord
 
 @dataclass(frozen=True)
 class _Opened:
-    source: CheckpointSource
+    source: CheckpointSource | PreparedSource
     files: RankFiles
     units: dict[str, Unit]
 

@@ -137,7 +137,10 @@ class LayerRecord:
 
     def add_origin(self, stored: StoredWeight, kept: bool) -> None:
         """Note that a source held the weight quantized, and the error that it was quantized with, if that is known."""
-        self.origin = stored.origin if kept else f"encoded again from {stored.form.format} of {stored.origin}"
+        if not kept:
+            self.origin = f"encoded again from {stored.form.format} of {stored.origin}"
+        else:
+            self.origin = stored.origin if stored.weight_squares is not None else f"kept from {stored.origin}"
         if kept and stored.error_squares is not None and stored.weight_squares is not None:
             self.error_squares += stored.error_squares
             self.weight_squares += stored.weight_squares
@@ -353,10 +356,17 @@ def _overlaps(slices: list[Slice], start: int, count: int) -> Iterator[tuple[Sli
 def fill_all(
     plans: list[RankPlan], read: ReadSource, amax: dict[str, float] | None = None
 ) -> list[dict[str, torch.Tensor]]:
+    """`fill_from` for sources that are read whole."""
+    return fill_from(plans, _WholeReader(read), amax)
+
+
+def fill_from(
+    plans: list[RankPlan], source: SourceReader, amax: dict[str, float] | None = None
+) -> list[dict[str, torch.Tensor]]:
     """Every rank's tensors in memory, by name: for calibration, one layer at a time, and for tests."""
     ranks = [{s.name: torch.zeros(s.shape, dtype=torch_dtype(s.dtype)) for s in plan.tensors()} for plan in plans]
     for unit in cut_into_units(plans):
-        fill_unit(unit, _WholeReader(read), _InMemory(ranks), amax or {})
+        fill_unit(unit, source, _InMemory(ranks), amax or {})
     return ranks
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from trtbuild.checkpoints.convert import Calibration, convert, default_workers
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.lora import LoraAdapter
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, open_rank, rank_file, weights_digest
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.source import COMPANION_FILES, LEGAL_FILES, CheckpointSource
-from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText, calibrate_once
+from trtbuild.engines.calibration.text import CalibrationText
 from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
 from trtbuild.engines.passport import (
     FORMAT_VERSION,
@@ -31,11 +31,12 @@ from trtbuild.engines.passport import (
     Passport,
     file_digests,
 )
+from trtbuild.engines.precision_choice import calibration_of, choose_mixture, needs_text, resolve_precision
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt.builder import build_plans
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, engine_segments, library_version, plan_tasks
-from trtbuild.engines.tensorrt.targets import resolve_targets
-from trtbuild.errors import TrtBuildError, refuse_all
+from trtbuild.engines.tensorrt.targets import MIN_SM, resolve_targets
+from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.pools import Pool
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import Workspace, staged, write_json
@@ -54,6 +55,7 @@ class Job:
     precision: Precision
     limits: EngineLimits
     targets: tuple[str, ...]
+    mixture: dict[str, Any] | None = None
 
     @classmethod
     def resolve(
@@ -77,11 +79,16 @@ class Job:
         source = source.with_lora([LoraAdapter.parse(text) for text in recipe.lora])
         config = source.config
         layout.check(config)
-        precision = Precision.resolve(recipe.precision, config.dtype)
+        precision = resolve_precision(recipe.precision, source, weights=needed)
+        recipe = recipe.model_copy(update={"precision": precision.weights})
         refuse_all("recipe", _problems(recipe, config))
         targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
         job = cls(recipe, source, layout, precision, _limits(recipe, config), targets)
-        _ = job.plans
+        if recipe.plan_only and any(linear.precision == "int4" for plan in job.plans for linear in plan.linears):
+            raise Refused(
+                "--plan-only compiles without weights, but int4 puts them into the plan: TensorRT unpacks int4 inputs "
+                "to fp16; use another --precision, or compile with the weights"
+            )
         return job
 
     @property
@@ -106,18 +113,27 @@ class Job:
             "moe_form": self.recipe.moe_form,
             "embed_weights": self.recipe.embed_weights,
             "plan_only": self.recipe.plan_only,
-            "calibration": self._calibration_text().digest if self.precision.weights == "fp8" else None,
+            "calibration": self._calibration_text().digest if needs_text(self.precision) else None,
         }
 
+    def settle(self, workspace: Workspace, progress: ProgressFactory = no_progress) -> Job:
+        """With `--precision auto`, the job in which every linear layer has a format; otherwise the job as it is."""
+        if self.precision.weights != "auto" or self.precision.modules:
+            return self
+        mixture = choose_mixture(
+            self.source, self.layout, self.precision, self._calibration_text(), workspace.calibrations,
+            budget=self.recipe.budget, max_loss=self.recipe.max_loss, fp8=self._may_use_fp8, progress=progress,
+        )  # fmt: skip
+        return replace(self, precision=mixture.precision, mixture=mixture.record)
+
+    @property
+    def _may_use_fp8(self) -> bool:
+        """Only where the user named targets and all of them have it: a mixture should not cost targets."""
+        return bool(self.recipe.target) and all(int(target[2:]) >= MIN_SM["fp8"] for target in self.targets)
+
     def calibration(self, workspace: Workspace, progress: ProgressFactory) -> Calibration | None:
-        """For fp8: how to find the activation ranges; what was found before for the same weights and text is used."""
-        if self.precision.weights != "fp8":
-            return None
-        text = self._calibration_text()
-        identity = {"text_sha256": text.digest, "max_sequences": NUM_SEQUENCES, "sequence_length": SEQUENCE_LENGTH}
-        return Calibration(
-            identity, lambda: calibrate_once(self.source, text, workspace.calibrations, progress=progress)
-        )
+        """What conversion must know of activations; what was found before for the same weights and text is used."""
+        return calibration_of(self.source, self.plans, self.precision, self._calibration_text, workspace, progress)
 
     def _calibration_text(self) -> CalibrationText:
         return CalibrationText.open(self.recipe.calib_data)
@@ -150,6 +166,8 @@ def convert_model(
     calibration = job.calibration(workspace, progress)
     provenance = {
         "calibration": calibration.identity if calibration else None,
+        "mixture": job.mixture,
+        "notes": list(job.source.quantization.notes) if job.source.quantization else [],
         "lora": [adapter.provenance() for adapter in job.source.adapters],
         "command": job.recipe.command(),
     }
@@ -210,18 +228,21 @@ def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
             "--kv-cache fp8: TensorRT-RTX's KV cache update takes float, half and bfloat16 caches only, and a cache "
             "that is dequantized around it saves no memory; use --kv-cache auto"
         )
-    elif recipe.kv_cache not in ("auto", Precision.resolve(recipe.precision, config.dtype).dtype):
+    elif recipe.kv_cache not in ("auto", Precision.resolve(recipe.precision or config.dtype, config.dtype).dtype):
         yield (
             f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; "
             f"use auto, or --precision {recipe.kv_cache}"
         )
-    if recipe.plan_only and (recipe.precision == "int4" or recipe.embed_weights):
-        yield (
-            "--plan-only compiles without weights, but int4 (and --embed-weights) puts them into the plan: TensorRT "
-            "unpacks int4 inputs to fp16; use another --precision, or compile with the weights"
-        )
-    if recipe.calib_data and recipe.precision != "fp8":
-        yield f"--calib-data is for fp8; --precision {recipe.precision} is not calibrated"
+    precision = recipe.precision or config.dtype
+    if recipe.plan_only and recipe.embed_weights:
+        yield "--plan-only compiles without weights, but --embed-weights puts them into the plan; leave one of them out"
+    if recipe.calib_data and precision not in ("fp8", *CALIBRATED):
+        names = ", ".join(("fp8", *CALIBRATED))
+        yield f"--calib-data is for {names}; --precision {recipe.precision} is not calibrated"
+    if precision == "auto" and recipe.budget is None and recipe.max_loss is None:
+        yield "--precision auto needs --budget SIZE (bytes of weights on each GPU) or --max-loss SHARE (of perplexity)"
+    if precision != "auto" and (recipe.budget is not None or recipe.max_loss is not None):
+        yield f"--budget and --max-loss are for --precision auto, not {recipe.precision}"
     longest = _longest_sequence(config)
     if recipe.max_seq_len and recipe.max_seq_len > longest:
         yield f"--max-seq-len {recipe.max_seq_len}: the model's positions end at {longest}"
@@ -333,6 +354,8 @@ def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, buil
         "kv_cache": [_kv_cache(plan) for plan in job.plans],
         **built,
         "tensors": manifest,
+        "mixture": job.mixture,
+        "notes": checkpoint.authority["notes"] if checkpoint else [],
         "accuracy": None,
         "digests": file_digests(directory, job.layout, built["plans"], weights=checkpoint is not None),
     }  # fmt: skip

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import PrecisionName
 from trtbuild.errors import Refused
+from trtbuild.units import parse_bytes, parse_share
 from trtbuild.workspace import check_name
 
 if sys.version_info >= (3, 11):
@@ -30,7 +31,9 @@ class Recipe(BaseModel):
     model: str
     revision: str | None = None
     name: str | None = None
-    precision: PrecisionName = "bf16"
+    precision: PrecisionName | None = None
+    budget: int | None = Field(default=None, ge=1)
+    max_loss: float | None = Field(default=None, gt=0, lt=10)
     kv_cache: KvCacheName = "auto"
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
@@ -59,6 +62,18 @@ class Recipe(BaseModel):
         if not all(parts):
             raise ValueError("must be compute capabilities separated by commas, such as sm89,sm120")
         return parts
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        """As on the command line: 22GiB."""
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("max_loss", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """As on the command line: 0.5%."""
+        return parse_share(value) if isinstance(value, str) else value
 
     @classmethod
     def read(cls, file: Path, **overrides: Any) -> Recipe:
@@ -100,13 +115,16 @@ class Recipe(BaseModel):
 
     @property
     def engine_name(self) -> str:
-        """NAME of build/ and engines/: `--name`, or MODEL-PRECISION-tpN[-epN][-ppN][-trtllm]."""
+        """NAME of build/ and engines/: `--name`, or MODEL-PRECISION-tpN[-epN][-ppN][-trtllm].
+
+        A recipe that leaves the precision to the checkpoint has one only after `Job.resolve`.
+        """
         if self.name:
             return check_name(self.name)
         layout = self.layout
         directory = Path(self.model).expanduser()
         model = (directory.resolve() if directory.is_dir() else directory).name.lower()
-        parts = [model, self.precision, f"tp{layout.tp}"]
+        parts = [model, self.precision or "bf16", f"tp{layout.tp}"]
         parts += [f"ep{layout.moe_ep}"] if layout.moe_ep > 1 else []
         parts += [f"pp{layout.pp}"] if layout.pp > 1 else []
         parts += ["trtllm"] if self.builder == "tensorrt-llm" else []

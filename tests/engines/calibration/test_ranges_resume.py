@@ -10,8 +10,9 @@ import pytest
 from helpers import TINY_MIXTRAL
 
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines import calibration
-from trtbuild.engines.calibration import CalibrationText, calibrate, calibrate_once
+from trtbuild.engines.calibration import ranges as calibration
+from trtbuild.engines.calibration.ranges import calibrate, calibrate_once
+from trtbuild.engines.calibration.text import CalibrationText
 from trtbuild.progress import Progress
 
 TEXT = CalibrationText("eval", (TINY_MIXTRAL / "eval.txt").read_text()[:6000])

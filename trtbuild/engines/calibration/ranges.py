@@ -7,73 +7,25 @@ each expert was really routed is recorded beside its range.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from trtbuild.checkpoints.convert import ActivationRange, range_from_dict
 from trtbuild.checkpoints.journal import Journal
-from trtbuild.checkpoints.layout import Layout
-from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
-from trtbuild.checkpoints.safetensors_file import torch_dtype
-from trtbuild.checkpoints.shards import fill_all
+from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.checkpoints.tokenizer import load_tokenizer
-from trtbuild.engines.network.decoder import define_segment
-from trtbuild.engines.network.rope import rope_tables
-from trtbuild.engines.network.segments import Segment
-from trtbuild.engines.reference.torch_ops import Observer, RoutingObserver, Step, TorchOps
-from trtbuild.engines.reference.torch_weights import TorchWeights
+from trtbuild.engines.calibration.layers import compute_device, first_hidden, layer_ops, layer_weights, run_layer
+from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
+from trtbuild.engines.reference.torch_ops import TorchOps
 from trtbuild.errors import CheckpointError
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import digest_of, read_json, staged, write_atomic, write_json
 
-NUM_SEQUENCES = 16
-SEQUENCE_LENGTH = 512
 _BATCH = 4
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """A text and where it came from, for the record."""
-
-    name: str
-    text: str
-
-    @classmethod
-    def open(cls, file: Path | None) -> CalibrationText:
-        """A file, or the bundled public-domain text."""
-        if file is None:
-            return cls("bundled", resources.files("trtbuild.data").joinpath("calibration.txt").read_text("utf-8"))
-        try:
-            return cls(file.name, file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"--calib-data {file}: not a readable UTF-8 text ({error})") from error
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-def calibration_tokens(source: CheckpointSource, text: CalibrationText) -> list[list[int]]:
-    """Sequences of equal length, evenly spaced over the text, each beginning as the tokenizer begins a text."""
-    tokenizer = load_tokenizer(source.directory)
-    # verbose=False: a text longer than the model's context is meant to be cut up here.
-    ids: list[int] = tokenizer(text.text, verbose=False)["input_ids"]
-    plain: list[int] = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = ids[: len(ids) - len(plain)] if ids[-len(plain) :] == plain else []
-    length = min(SEQUENCE_LENGTH, source.config.max_position_embeddings) - len(prefix)
-    if len(plain) < length:
-        raise CheckpointError(f"calibration text {text.name!r} has {len(plain)} tokens; it takes at least {length}")
-    last = len(plain) - length
-    count = min(NUM_SEQUENCES, 1 + last // max(1, length // 2))
-    starts = [round(last * i / max(1, count - 1)) for i in range(count)]
-    return [prefix + plain[start : start + length] for start in starts]
 
 
 def calibrate(
@@ -89,14 +41,13 @@ def calibrate(
     With `directory`, every finished layer is kept there, so that a killed calibration goes on with the next one.
     By default a GPU computes where torch has one: minutes in place of hours for a large model.
     """
-    config, device = source.config, device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, device = source.config, device or compute_device()
     found: dict[str, ActivationRange] = {}
     with progress("calibrating", config.num_layers, "layers") as bar:
         saved = _SavedLayers(directory) if directory else None
         first, hidden = saved.load() if saved else (0, None)
         if hidden is None:
-            tokens = torch.tensor(calibration_tokens(source, text))
-            hidden = source.tensor("embedding")[tokens].to(torch_dtype(SAFETENSORS_16BIT[config.dtype]))
+            hidden = first_hidden(source, text)
         hidden = hidden.to(device)
         found |= saved.ranges(first) if saved else {}
         bar.advance(first)
@@ -118,8 +69,6 @@ class _SavedLayers:
 
     def load(self) -> tuple[int, torch.Tensor | None]:
         """The layer to go on with, and hidden states [sequences, length, H] before it; None where there are none."""
-        from safetensors import SafetensorError, safe_open
-
         if not self._file.is_file():
             return 0, None
         try:
@@ -137,8 +86,6 @@ class _SavedLayers:
 
     def add(self, layer: int, hidden: torch.Tensor, ranges: dict[str, ActivationRange]) -> None:
         """Ranges first: hidden states that are ahead of them would leave a layer out."""
-        from safetensors.torch import save
-
         self._journal.add(str(layer), {name: asdict(found) for name, found in ranges.items()})
         write_atomic(self._file, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer + 1)}))
 
@@ -169,8 +116,7 @@ def _run_layer(
     source: CheckpointSource, layer: int, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, ActivationRange]]:
     """One layer over hidden [sequences, length, H]: its output, and what its linear layers saw."""
-    config = source.config
-    weights = _layer_weights(source, layer, hidden)
+    weights = layer_weights(source, layer, hidden.dtype, hidden.device)
     amax: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
 
@@ -182,42 +128,17 @@ def _run_layer(
     def observe_routing(name: str, tokens: torch.Tensor) -> None:
         counts[name] = counts.get(name, torch.zeros_like(tokens)) + tokens
 
-    outputs = [_run_batch(config, weights, batch, observe, observe_routing) for batch in hidden.split(_BATCH)]
+    batches = hidden.split(_BATCH)
+    outputs = [
+        run_layer(layer_ops(TorchOps, weights, batch, observer=observe, routing_observer=observe_routing))
+        for batch in batches
+    ]
     routed = tuple(int(n) for n in next(iter(counts.values()))) if counts else ()
-    ranges = {name: ActivationRange(float(value), routed if ".mlp." in name else ()) for name, value in amax.items()}
-    broken = [name for name, found in ranges.items() if not found.amax < float("inf")]
+    largest = {name: float(value) for name, value in amax.items()}
+    broken = [name for name, value in largest.items() if not value < float("inf")]
     if broken:
         raise CheckpointError(
             f"calibration: the input of {broken[0]} is not finite; the checkpoint or its dtype is damaged"
         )
+    ranges = {name: ActivationRange(value, routed if ".mlp." in name else ()) for name, value in largest.items()}
     return torch.cat(outputs), ranges
-
-
-def _layer_weights(source: CheckpointSource, layer: int, hidden: torch.Tensor) -> TorchWeights:
-    """One layer alone: a pipeline with a stage per layer cuts it out, without embedding and head."""
-    config = source.config
-    stage = Layout(pp=config.num_layers).rank(layer)
-    plan = plan_rank(config, stage, Precision(config.dtype, config.dtype)).only_layers()
-    [tensors] = fill_all([plan], source.tensor)
-    return TorchWeights(plan, tensors.__getitem__, hidden.dtype, hidden.device)
-
-
-def _run_batch(
-    config: ModelConfig,
-    weights: TorchWeights,
-    hidden: torch.Tensor,
-    observer: Observer,
-    routing_observer: RoutingObserver,
-) -> torch.Tensor:
-    num_sequences, length, _ = hidden.shape
-    caches = {
-        f"transformer.layers.0.attention.{name}": hidden.new_zeros((num_sequences, heads, length, width))
-        for name, (heads, width) in weights.plan.cache_shapes().items()
-    }
-    cos, sin = (table.to(hidden.device).expand(num_sequences, -1, -1) for table in rope_tables(config, length))
-    segment = Segment("decoder", 0, 0, 1)
-    step = Step(range(num_sequences), [0] * num_sequences, length)
-    inputs = {"hidden": [hidden], "rope_cos": [cos], "rope_sin": [sin]}
-    ops = TorchOps(segment, [weights], inputs, step, [caches], None, observer, routing_observer)
-    define_segment(ops, weights.plan, segment)
-    return ops.outputs["hidden"][0]

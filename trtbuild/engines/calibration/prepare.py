@@ -1,0 +1,129 @@
+"""int4-awq and int4-gptq: a checkpoint is quantized layer by layer, once for all layouts.
+
+In memory are one decoder layer, the hidden states of the calibration tokens, and the second moments of one linear
+layer's input. A finished layer is on disk; a killed calibration goes on with the next one, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from trtbuild.checkpoints.content import source_digest
+from trtbuild.checkpoints.precision import SAFETENSORS_16BIT
+from trtbuild.checkpoints.prepared_source import FACTS, PreparedSource, layer_file
+from trtbuild.checkpoints.quantization import pack_int4
+from trtbuild.checkpoints.safetensors_file import torch_dtype
+from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.calibration.layer_quantizer import METHODS, LayerQuantizer, LayerResult, Method
+from trtbuild.engines.calibration.layers import compute_device, first_hidden, layer_ops, layer_weights, run_layer
+from trtbuild.engines.calibration.quantizing_ops import QuantizingOps
+from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
+from trtbuild.progress import ProgressFactory, no_progress
+from trtbuild.workspace import digest_of, staged, write_atomic, write_json
+
+# Raised when the algorithm changes what it gives for the same input.
+_ALGORITHM_VERSION = 1
+_HIDDEN = "hidden.safetensors"
+
+
+def prepare_once(
+    source: CheckpointSource,
+    text: CalibrationText,
+    precision: str,
+    folder: Path,
+    *,
+    progress: ProgressFactory = no_progress,
+) -> PreparedSource:
+    """`source` quantized by `precision`, or what an earlier call made of the same weights, tokenizer and text.
+
+    Results are kept in `folder`, one directory for each.
+    """
+    identity = {
+        "algorithm": [precision, _ALGORITHM_VERSION], "source": source.fingerprint(),
+        "tokenizer": source.companions_digest, "text": text.digest, "sequences": [NUM_SEQUENCES, SEQUENCE_LENGTH],
+    }  # fmt: skip
+    final = folder / digest_of(identity)[:32]
+    with staged(final, identity) as directory:
+        if directory is not None:
+            prepare(source, text, METHODS[precision], directory, origin=precision, progress=progress)
+    return PreparedSource(source, final)
+
+
+@torch.inference_mode()
+def prepare(
+    source: CheckpointSource,
+    text: CalibrationText,
+    method: Method,
+    directory: Path,
+    *,
+    origin: str,
+    device: torch.device | None = None,
+    progress: ProgressFactory = no_progress,
+) -> None:
+    """Quantize every decoder layer into `directory`, going on where an interrupted run stopped."""
+    dtype, device = torch_dtype(SAFETENSORS_16BIT[source.config.dtype]), device or compute_device()
+    with progress("quantizing", source.config.num_layers, "layers") as bar:
+        first, hidden = _load_hidden(directory)
+        hidden = first_hidden(source, text) if hidden is None else hidden
+        hidden = hidden.to(device)
+        bar.advance(first)
+        for layer in range(first, source.config.num_layers):
+            weights = layer_weights(source, layer, dtype, device)
+            quantizer = LayerQuantizer(weights, method, dtype)
+            hidden = run_layer(layer_ops(QuantizingOps, weights, hidden, quantizer=quantizer))
+            _save_layer(directory, source, layer, quantizer.result(), origin)
+            _save_hidden(directory, layer + 1, hidden)
+            bar.advance()
+    _write_facts(directory, source.config.num_layers)
+
+
+def _load_hidden(directory: Path) -> tuple[int, torch.Tensor | None]:
+    """The layer to go on with, and the hidden states before it; None where there are none."""
+    file = directory / _HIDDEN
+    if not file.is_file():
+        return 0, None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            layer, hidden = int(stored.metadata()["layer"]), stored.get_tensor("hidden")
+    except (SafetensorError, KeyError, ValueError):
+        return 0, None
+    is_whole = all((directory / layer_file(before)).is_file() for before in range(layer))
+    return (layer, hidden) if is_whole else (0, None)
+
+
+def _save_hidden(directory: Path, layer: int, hidden: torch.Tensor) -> None:
+    """After the layer's own file: hidden states that are ahead of it would leave it out."""
+    write_atomic(directory / _HIDDEN, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer)}))
+
+
+def _save_layer(directory: Path, source: CheckpointSource, layer: int, result: LayerResult, origin: str) -> None:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in result.plain.items()}
+    facts: dict[str, Any] = {name: {"digest": source_digest(source, name)} for name in result.plain}
+    for name, part in result.stored.items():
+        tensors[f"{name}.values"] = pack_int4(part.weight.values.cpu())
+        tensors[f"{name}.scales"] = part.weight.scales.cpu()
+        facts[name] = {
+            "origin": origin, "digest": source_digest(source, name),
+            "error_squares": part.error_squares, "weight_squares": part.weight_squares,
+        }  # fmt: skip
+    facts = {"tensors": facts, "tokens_per_expert": result.tokens_per_expert}
+    write_atomic(directory / layer_file(layer), save(tensors, metadata={"facts": json.dumps(facts)}))
+
+
+def _write_facts(directory: Path, num_layers: int) -> None:
+    """Gather what the layers' files say of themselves; what only an interrupted run needs goes."""
+    tensors: dict[str, Any] = {}
+    tokens: list[list[int]] = []
+    for layer in range(num_layers):
+        with safe_open(directory / layer_file(layer), framework="pt") as stored:
+            facts = json.loads(stored.metadata()["facts"])
+        tensors |= facts["tensors"]
+        tokens.append(facts["tokens_per_expert"])
+    write_json(directory / FACTS, {"tensors": tensors, "tokens_per_expert": tokens})
+    (directory / _HIDDEN).unlink(missing_ok=True)

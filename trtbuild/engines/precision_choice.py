@@ -1,0 +1,170 @@
+"""Which precision an engine gets: the one that was asked for, the checkpoint's own, or a measured mixture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild.checkpoints.content import SourceReader
+from trtbuild.checkpoints.convert import ActivationRange, Calibration
+from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precision
+from trtbuild.checkpoints.layout import Layout
+from trtbuild.checkpoints.precision import CALIBRATED, FormatName, LinearForm, Precision, PrecisionName
+from trtbuild.checkpoints.prepared_source import PreparedSource
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
+from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.calibration.mixture import choose
+from trtbuild.engines.calibration.prepare import prepare_once
+from trtbuild.engines.calibration.ranges import calibrate_once
+from trtbuild.engines.calibration.sensitivity import Sensitivity, measure_once, total
+from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
+from trtbuild.errors import Refused
+from trtbuild.progress import ProgressFactory, no_progress
+from trtbuild.workspace import Workspace
+
+# How a mixture's int4 values are found.
+MIXTURE_INT4 = "int4-gptq"
+
+
+def resolve_precision(name: PrecisionName | None, source: CheckpointSource, *, weights: bool = True) -> Precision:
+    """A quantized checkpoint is kept as it is where no other precision is asked for; a 16-bit one is bf16 by default.
+
+    Raises Refused for `auto` on a quantized checkpoint: what was lost before cannot be measured.
+    """
+    dtype = source.config.dtype
+    if source.quantization is None:
+        return Precision.resolve(name or "bf16", dtype)
+    if name == "auto":
+        raise Refused(f"--precision auto: {source.model} is quantized already; start from the 16-bit checkpoint")
+    kept = kept_precision(source, dtype, weights=weights)
+    return kept if name in (None, kept.weights) else Precision.resolve(name, dtype)
+
+
+def needs_text(precision: Precision) -> bool:
+    """Whether a calibration text takes part; a kept checkpoint brings its activation scales along."""
+    if precision.weights == "auto":
+        return True
+    return not precision.modules and precision.weights in ("fp8", *CALIBRATED)
+
+
+def calibration_of(
+    source: CheckpointSource,
+    plans: Sequence[RankPlan],
+    precision: Precision,
+    text: Callable[[], CalibrationText],
+    workspace: Workspace,
+    progress: ProgressFactory,
+) -> Calibration | None:
+    """What conversion needs beside the checkpoint's weights; None where that is nothing."""
+    if not needs_text(precision):
+        if not any(linear.precision == "fp8" for plan in plans for linear in plan.linears):
+            return None
+        return Calibration({"kept": source.digest}, lambda: activation_ranges(source, plans))
+    read = text()
+    identity = {"text_sha256": read.digest, "max_sequences": NUM_SEQUENCES, "sequence_length": SEQUENCE_LENGTH}
+    if precision.weights == "fp8":
+        return Calibration(identity, lambda: calibrate_once(source, read, workspace.calibrations, progress=progress))
+    method = MIXTURE_INT4 if precision.weights == "auto" else precision.weights
+
+    def prepare() -> PreparedSource:
+        prepared = prepare_once(source, read, method, workspace.calibrations, progress=progress)
+        return PreparedSource(source, prepared.folder, _int4_sources(plans) if precision.modules else None)
+
+    return Calibration({**identity, "method": method}, lambda: _routed_tokens(prepare(), plans), prepare)
+
+
+def _int4_sources(plans: Sequence[RankPlan]) -> frozenset[str]:
+    linears = (linear for plan in plans for linear in plan.linears if linear.precision == "int4")
+    return frozenset(piece.source for linear in linears for piece in linear.pieces)
+
+
+def _routed_tokens(prepared: PreparedSource, plans: Sequence[RankPlan]) -> dict[str, ActivationRange]:
+    """How many tokens each expert really got, by linear layer; there is no range to tell."""
+    experts = {linear.global_name for plan in plans for linear in plan.linears if linear.num_experts is not None}
+    layers = {name: int(name.split(".")[2]) for name in sorted(experts)}
+    return {name: ActivationRange(None, prepared.tokens_per_expert(layer)) for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A chosen mixture; `record` is what the manifest says of it."""
+
+    precision: Precision
+    record: dict[str, Any]
+
+
+def choose_mixture(
+    source: CheckpointSource,
+    layout: Layout,
+    asked: Precision,
+    text: CalibrationText,
+    folder: Path,
+    *,
+    budget: int | None,
+    max_loss: float | None,
+    fp8: bool,
+    progress: ProgressFactory = no_progress,
+) -> Mixture:
+    """A format for every linear layer: the least loss in `budget` bytes on a rank, or the fewest bytes for `max_loss`.
+
+    `max_loss` is a share of perplexity. Raises Refused where they cannot be met.
+    """
+    prepared = prepare_once(source, text, MIXTURE_INT4, folder, progress=progress)
+    readers: dict[FormatName, SourceReader] = {"int4": prepared, "int8": source}
+    if fp8:
+        readers["fp8-dynamic"] = source
+    sensitivity = measure_once(source, readers, text, folder, progress=progress)
+    formats: tuple[FormatName, ...] = (*readers, asked.dtype)
+    max_cost = None if max_loss is None else math.log1p(max_loss)
+    chosen: dict[str, FormatName] = {}
+    fixed, stages = _stage_sizes(source, layout, asked, formats)
+    if budget is None:
+        chosen = choose(
+            {name: size for stage in stages for name, size in stage.items()}, sensitivity, max_cost=max_cost
+        )
+    else:
+        for other, sizes in zip(fixed, stages, strict=True):
+            alone = max_cost if len(stages) == 1 else None
+            chosen |= choose(sizes, sensitivity, room=budget - other, max_cost=alone)
+    modules = {name: LinearForm(form) for name, form in chosen.items()}
+    return Mixture(asked.with_modules(modules), _record(sensitivity, chosen, budget, max_loss))
+
+
+def _stage_sizes(
+    source: CheckpointSource, layout: Layout, asked: Precision, formats: Sequence[FormatName]
+) -> tuple[list[int], list[dict[str, dict[FormatName, int]]]]:
+    """For each pipeline stage: bytes of a rank besides its linear layers, and of each of these by format."""
+    fixed: list[int] = []
+    stages: list[dict[str, dict[FormatName, int]]] = []
+    for stage in range(layout.pp):
+        ranks = [layout.rank(rank) for rank in layout.stage_ranks(stage)]
+        sizes: dict[str, dict[FormatName, int]] = {}
+        others: list[int] = []
+        for form in formats:
+            for rank in ranks:
+                plan = plan_rank(source.config, rank, Precision(form, asked.dtype))
+                others.append(sum(tensor.spec.num_bytes for tensor in plan.plain))
+                for linear in plan.linears:
+                    size = sizes.setdefault(linear.global_name, {})
+                    size[form] = max(size.get(form, 0), _num_bytes(linear))
+        fixed.append(max(others))
+        stages.append(sizes)
+    return fixed, stages
+
+
+def _num_bytes(linear: Linear) -> int:
+    return sum(spec.num_bytes for spec in linear.tensors())
+
+
+def _record(
+    sensitivity: Sensitivity, chosen: Mapping[str, FormatName], budget: int | None, max_loss: float | None
+) -> dict[str, Any]:
+    predicted = total(sensitivity, chosen)
+    return {
+        "budget_bytes": budget, "max_loss": max_loss,
+        "predicted_loss_nats": predicted, "predicted_perplexity_increase": math.expm1(predicted),
+        "formats": dict(chosen), "loss_nats": sensitivity, "int4": MIXTURE_INT4,
+    }  # fmt: skip
