@@ -56,8 +56,8 @@ def convert(model: str, workspace: str, precision: str) -> dict[str, float]:
 
 def calibrate(model: str, workspace: str, precision: str) -> dict[str, float]:
     """Operations in a second of one core of the matrix multiplies in calibration."""
-    from trtbuild.engines.calibration import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
-    from trtbuild.engines.calibration import calibrate as run
+    from trtbuild.engines.calibration.ranges import calibrate as run
+    from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
     from trtbuild.engines.compile import Job
     from trtbuild.engines.recipe import Recipe
     from trtbuild.planning.model_size import count_parameters
