@@ -27,7 +27,7 @@ State = Literal["complete", "unfinished", "leftover", "unreadable"]
 
 # The file that makes a directory a result of its stage.
 _AUTHORITY: dict[Stage, str] = {
-    "build": "trtbuild.json", "calibration": "ranges.json", "sources": REQUEST_FILE, "engines": "engine.json",
+    "build": "trtbuild.json", "calibration": REQUEST_FILE, "sources": REQUEST_FILE, "engines": "engine.json",
 }  # fmt: skip
 
 
@@ -178,7 +178,10 @@ def _examine(stage: Stage, path: Path) -> Item | None:
 
 def _describe(stage: Stage, authority: dict[str, Any]) -> str:
     if stage == "calibration":
-        return f"activation ranges of {len(authority)} linear layers, for every layout"
+        request = authority["request"]
+        kind, _ = request.get("algorithm", ("fp8", 1))
+        told = {"fp8": "activation ranges", "sensitivity": "what each linear layer's precision costs"}
+        return f"{told.get(kind, f'{kind} values')}, for every layout"
     if stage == "sources":
         return f"fetched from {authority['request']['url']}"
     layout, precision = authority["layout"], authority["precision"]["weights"]

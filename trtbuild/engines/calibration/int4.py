@@ -14,8 +14,6 @@ from trtbuild.checkpoints.quantization import INT4_MAX, QuantizedWeight
 CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(10))
 # Added to the diagonal of H, as a share of its mean: directions that the calibration text does not show.
 DAMPING = 0.01
-# How far H is drawn to its diagonal: a calibration text has too few tokens, of one kind, to believe all correlations.
-SHRINKAGE = 0.0
 # Columns that are compensated at once, and those of the loop inside.
 _BLOCK = 128
 _INNER = 32
@@ -42,10 +40,8 @@ class SecondMoments:
         """Mean of x x^T over the tokens, symmetric."""
         upper = self.sum.triu_()
         full = upper + upper.T
-        diagonal = full.diagonal().clone().mul_(0.5)
-        full.mul_((1 - SHRINKAGE) / max(self.weight, 1e-12))
-        full.diagonal().copy_(diagonal / max(self.weight, 1e-12))
-        return full
+        full.diagonal().mul_(0.5)
+        return full.div_(max(self.weight, 1e-12))
 
 
 def largest_scales(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
