@@ -56,7 +56,10 @@ def test_list_counts_shared_weights_once(workspace: Workspace) -> None:
     assert [(i.stage, i.name, i.state, i.busy) for i in (build, engine)] == [
         ("build", "a-fp8-tp2", "complete", False), ("engines", "a-fp8-tp2", "complete", False),
     ]  # fmt: skip
-    assert engine.about == "MixtralForCausalLM, fp8, tp 2 pp 1 moe-tp 1 moe-ep 2, tensorrt-rtx 1.7, 2026-11-22, not verified"
+    assert (
+        engine.about
+        == "MixtralForCausalLM, fp8, tp 2 pp 1 moe-tp 1 moe-ep 2, tensorrt-rtx 1.7, 2026-11-22, not verified"
+    )
     assert build.bytes > WEIGHTS > build.frees
     assert engine.bytes > WEIGHTS > engine.frees
     both = disk_bytes([build.path, engine.path])

@@ -23,8 +23,17 @@ def source() -> CheckpointSource:
     return CheckpointSource.open(str(TINY_QWEN2))
 
 
-def executor(source: CheckpointSource, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> ReferenceExecutor:
-    return executor_of(source, dtype=dtype, **{"max_batch_size": 4, "max_seq_len": 96, "chunk_size": 32, **sizes})
+def executor(
+    source: CheckpointSource,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    max_batch_size: int = 4,
+    max_seq_len: int = 96,
+    chunk_size: int = 32,
+) -> ReferenceExecutor:
+    return executor_of(
+        source, dtype=dtype, max_batch_size=max_batch_size, max_seq_len=max_seq_len, chunk_size=chunk_size
+    )
 
 
 class Changed(WatchedExecutor):

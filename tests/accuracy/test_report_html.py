@@ -110,7 +110,7 @@ def test_tells_the_numbers(html: str) -> None:
 
 
 def test_bars_are_the_errors_of_the_layers() -> None:
-    figure = layer_figure(record())
+    figure: Any = layer_figure(record())
     bars = {bar.name: (list(bar.x), list(bar.y)) for bar in figure.data if bar.type == "bar"}
     assert bars == {"attention": ([0, 1], [0.1, 0.11]), "expert (worst)": ([0, 1], [0.19, 0.19])}
     [median] = [mark for mark in figure.data if mark.name == "expert (median)"]

@@ -105,7 +105,15 @@ class EnginePlan:
 
 
 def make_plan(job: Job, *, gpu_name: str | None = None, num_gpus: int | None = None, workers: int = 1) -> EnginePlan:
-    """Plan a job for one GPU type or for all of the table; raises `Refused` for a GPU that is not in it."""
+    """Plan a job for one GPU type or for all of the table.
+
+    Raises `Refused` for a GPU that is not in it, and for a mixture that is not chosen yet.
+    """
+    if job.precision.weights == "auto" and not job.precision.modules:
+        raise Refused(
+            "--precision auto is chosen by measuring the weights, which compile does; plan int4 and int8, between "
+            "which it lies"
+        )
     gpus = [gpu_named(gpu_name)] if gpu_name is not None else list(GPUS.values())
     ranks = [measure_rank(plan) for plan in job.plans]
     stages = ranks[:: job.layout.tp]

@@ -37,11 +37,12 @@ class SecondMoments:
         self.weight += weight * len(x)
 
     def matrix(self) -> torch.Tensor:
-        """Mean of x x^T over the tokens, symmetric."""
-        upper = self.sum.triu_()
-        full = upper + upper.T
-        full.diagonal().mul_(0.5)
-        return full.div_(max(self.weight, 1e-12))
+        """Mean of x x^T over the tokens, symmetric. It takes over the sum: nothing can be added after it."""
+        for start in range(0, len(self.sum), 1024):
+            block = self.sum[start : start + 1024, start : start + 1024]
+            block.copy_(block.triu() + block.triu(1).T)
+            self.sum[start + 1024 :, start : start + 1024] = self.sum[start : start + 1024, start + 1024 :].T
+        return self.sum.div_(max(self.weight, 1e-12))
 
 
 def largest_scales(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
@@ -88,7 +89,7 @@ def compensate(weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor
     order of falling H_kk; the groups stay as they are.
     """
     order = moments.diagonal().argsort(descending=True)
-    factor = _unit_upper_factor(moments[order][:, order])
+    factor = _unit_upper_factor(moments, order)
     group = weight.shape[1] // scales.shape[1]
     # Columns as rows: each is contiguous.
     columns = weight.float().T[order].contiguous()
@@ -128,21 +129,22 @@ def _round_block(
         target[stop:].addmm_(factor[done, start + stop : start + size].T, errors[done])
 
 
-def _unit_upper_factor(moments: torch.Tensor) -> torch.Tensor:
-    """U of H = U D U^T, H damped until it is positive definite."""
+def _unit_upper_factor(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """U of H = U D U^T, for H in this order of columns, damped until it is positive definite.
+
+    Two matrices besides H at a time: the largest layer's are what a calibration's memory goes to.
+    """
+    backwards = order.flip(0)
+    damped = moments.index_select(0, backwards).index_select(1, backwards)
     mean = float(moments.diagonal().mean()) or 1.0
     damping = DAMPING
+    damped.diagonal().add_(damping * mean)
     while True:
-        damped = moments.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            upper = lower.flip(0, 1)
-            return upper / upper.diagonal()
+            break
+        damped.diagonal().add_(9 * damping * mean)
         damping *= 10
-
-
-def output_error(weight: torch.Tensor, found: torch.Tensor, moments: torch.Tensor) -> float:
-    """tr(E H E^T): the mean squared error of the layer's output, summed over its rows."""
-    error = found.float() - weight.float()
-    return float(((error @ moments) * error).sum())
+    del damped
+    upper = lower.flip(0, 1)
+    return upper.div_(upper.diagonal().clone())

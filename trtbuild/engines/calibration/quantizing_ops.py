@@ -40,6 +40,13 @@ class QuantizingOps(TorchOps):
         weight = self._quantizer.weight(layer.linear, None, moments_of([(flat, 1.0)]), flat)
         return [multiply(flat, weight).unflatten(0, value.shape[:-1])]
 
+    def silu(self, x: Ranks) -> Ranks:
+        """In place, as `multiply`: what a matrix multiply gave has no other use, and is as large as memory allows."""
+        return [functional.silu(x[0], inplace=True)]
+
+    def multiply(self, x: Ranks, y: Ranks) -> Ranks:
+        return [x[0].mul_(y[0])]
+
     def experts(self, x: Ranks, name: str, scores: Ranks, indices: Ranks, moe: MoeConfig) -> Ranks:
         flat = x[0].flatten(0, 1)
         self._quantizer.count_tokens(indices[0], moe.num_experts)
