@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trtbuild.checkpoints.precision import CALIBRATED
 from trtbuild.checkpoints.safetensors_file import layout_header
 from trtbuild.checkpoints.source_tensors import expected_shapes
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH
@@ -121,12 +122,21 @@ class HostForecaster:
         return Range.around(self._source_bytes / rate, TIME_SPREAD)
 
     def _calibrate_memory(self) -> Range:
-        """One decoder layer's weights in 16 bit, and the hidden states of all sequences a few times over."""
+        """One decoder layer's weights in 16 bit, and the hidden states of all sequences a few times over.
+
+        int4's methods also hold the second moments of the widest input, float32, up to four times, and the widest
+        activations of all tokens (an expert's: of its part).
+        """
         config = self.job.config
         outer = 2 * config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
         layer = (self._source_bytes - outer) // config.num_layers
         hidden = 2 * NUM_SEQUENCES * SEQUENCE_LENGTH * config.hidden_size
-        return _spread(PROCESS_BYTES + layer + 2 * hidden, PROCESS_BYTES + layer + 10 * hidden)
+        moments = activations = 0
+        if self.job.precision.weights in CALIBRATED:
+            width = max(linear.in_features for plan in self.job.plans for linear in plan.linears) * self.job.layout.tp
+            moments, activations = 4 * width**2, 2 * NUM_SEQUENCES * SEQUENCE_LENGTH * width
+        low = PROCESS_BYTES + layer + 2 * hidden + 2 * moments + activations
+        return _spread(low, low + 8 * hidden + 2 * moments + 3 * activations)
 
     def _calibrate_seconds(self) -> Range:
         """Every expert sees every token."""

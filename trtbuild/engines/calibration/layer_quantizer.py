@@ -10,7 +10,7 @@ from trtbuild.checkpoints.precision import int4_group
 from trtbuild.checkpoints.quantization import QuantizedWeight
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.engines.calibration.int4 import SecondMoments, choose_scales, compensate, round_to_scales
-from trtbuild.engines.calibration.smoothing import SAMPLED_TOKENS, RowFold, folds, search, share_between_heads
+from trtbuild.engines.calibration.smoothing import RowFold, folds, sample_tokens, search, share_between_heads
 from trtbuild.engines.reference.torch_weights import TorchWeights
 from trtbuild.errors import CheckpointError
 
@@ -104,7 +104,7 @@ class LayerQuantizer:
     ) -> torch.Tensor | None:
         """s [in] of a layer's input, None where it stays as it is; the same for all layers that read one norm."""
         magnitude = moments.magnitude / max(moments.weight, 1e-12)
-        sample = tokens[:: max(1, len(tokens) // SAMPLED_TOKENS)]
+        sample = sample_tokens(tokens)
         for fold in self._norm_folds:
             if name in fold.linears:
                 if fold.norm not in self._norm_scales:

@@ -18,7 +18,7 @@ from trtbuild.engines.calibration.int4 import largest_scales, round_to_scales
 EXPONENTS = tuple(i / 20 for i in range(21))
 # Rows of the weights, and tokens, that a trial looks at.
 _SAMPLED_ROWS = 512
-SAMPLED_TOKENS = 256
+_SAMPLED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ def share_between_heads(values: torch.Tensor, fold: RowFold) -> torch.Tensor:
         return values
     by_row = values.unflatten(0, (fold.heads, fold.repeats, -1))
     return by_row.mean(1, keepdim=True).expand_as(by_row).flatten()
+
+
+def sample_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """Some of tokens [n, in], drawn at random: every k-th would meet the first of each sequence too often.
+
+    These are attention sinks, whose activations are hundreds of times larger than all others.
+    """
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:_SAMPLED_TOKENS]
+    return tokens[drawn.sort().values.to(tokens.device)]
 
 
 def search(
