@@ -10,6 +10,7 @@ import pytest
 from trtbuild.checkpoints.precision import LinearForm, Precision, PrecisionName
 from trtbuild.engines.compile import Job
 from trtbuild.engines.recipe import Recipe
+from trtbuild.errors import Refused
 from trtbuild.planning.plan import EnginePlan, make_plan
 
 DYNAMIC, INT4, PLAIN = LinearForm("fp8-dynamic"), LinearForm("int4"), LinearForm("bf16")
@@ -27,7 +28,7 @@ def planned(model: str, weights: PrecisionName, *forms: tuple[str, LinearForm]) 
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "mixtral"])
-@pytest.mark.parametrize("weights", ["int4-awq", "int4-gptq", "auto"])
+@pytest.mark.parametrize("weights", ["int4-awq", "int4-gptq"])
 def test_calibrated_int4_is_int4_that_takes_longer(model: str, weights: PrecisionName) -> None:
     found, plain = planned(model, weights), planned(model, "int4")
     assert found.ranks == plain.ranks
@@ -48,6 +49,11 @@ def test_dynamic_fp8_computes_as_fast_as_fp8_and_is_not_calibrated(model: str) -
     assert 0 < found.ranks[0].weight_bytes - static.ranks[0].weight_bytes < 0.002 * static.ranks[0].weight_bytes
     job = replace(planned(model, "fp8-dynamic").job)
     assert make_plan(job, gpu_name="a100-80").devices[0].fit.limits[0] == "no fp8-dynamic (needs sm89)"
+
+
+def test_a_mixture_that_is_not_chosen_yet_cannot_be_planned() -> None:
+    with pytest.raises(Refused, match="plan int4 and int8, between which it lies"):
+        planned("mixtral", "auto")
 
 
 def test_a_mixture_lies_between_its_parts() -> None:
