@@ -81,7 +81,7 @@ class Job:
         layout.check(config)
         precision = resolve_precision(recipe.precision, source, weights=needed)
         recipe = recipe.model_copy(update={"precision": precision.weights})
-        refuse_all("recipe", _problems(recipe, config))
+        refuse_all("recipe", _problems(recipe, config, precision))
         targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
         job = cls(recipe, source, layout, precision, _limits(recipe, config), targets)
         if recipe.plan_only and any(linear.precision == "int4" for plan in job.plans for linear in plan.linears):
@@ -222,23 +222,26 @@ def _warm(passport: Passport) -> str | None:
     return f"compiled for this machine's GPU in {report.seconds:.1f} s, {report.cache_bytes / 2**20:.1f} MiB"
 
 
-def _problems(recipe: Recipe, config: ModelConfig) -> Iterator[str]:
+def _problems(recipe: Recipe, config: ModelConfig, resolved: Precision) -> Iterator[str]:
     if recipe.kv_cache == "fp8":
         yield (
             "--kv-cache fp8: TensorRT-RTX's KV cache update takes float, half and bfloat16 caches only, and a cache "
             "that is dequantized around it saves no memory; use --kv-cache auto"
         )
-    elif recipe.kv_cache not in ("auto", Precision.resolve(recipe.precision or config.dtype, config.dtype).dtype):
+    elif recipe.kv_cache not in ("auto", resolved.dtype):
         yield (
             f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; "
             f"use auto, or --precision {recipe.kv_cache}"
         )
-    precision = recipe.precision or config.dtype
+    precision = resolved.weights
     if recipe.plan_only and recipe.embed_weights:
         yield "--plan-only compiles without weights, but --embed-weights puts them into the plan; leave one of them out"
-    if recipe.calib_data and precision not in ("fp8", *CALIBRATED):
+    if recipe.calib_data and not needs_text(resolved):
         names = ", ".join(("fp8", *CALIBRATED))
-        yield f"--calib-data is for {names}; --precision {recipe.precision} is not calibrated"
+        why = (
+            "the checkpoint brings its own scales" if resolved.modules else f"--precision {precision} is not calibrated"
+        )
+        yield f"--calib-data is for {names}; {why}"
     if precision == "auto" and recipe.budget is None and recipe.max_loss is None:
         yield "--precision auto needs --budget SIZE (bytes of weights on each GPU) or --max-loss SHARE (of perplexity)"
     if precision != "auto" and (recipe.budget is not None or recipe.max_loss is not None):

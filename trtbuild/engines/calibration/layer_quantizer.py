@@ -65,11 +65,12 @@ class LayerQuantizer:
         """Record how many tokens the router sends to each expert; indices [tokens, top_k]."""
         self._tokens_per_expert = tuple(torch.bincount(indices.flatten().long(), minlength=num_experts).tolist())
 
-    def prepare(self, name: str, moments: SecondMoments, tokens: torch.Tensor) -> None:
+    def prepare(self, name: str, tokens: torch.Tensor) -> None:
         """Choose the scales of a norm by all of its output, before its first reader sees a part of it."""
-        linear = self._linears[name.removeprefix(self._prefix)]
-        group = int4_group(linear.in_features, linear.global_name)
-        self._input_scale(name.removeprefix(self._prefix), None, moments, tokens, group)
+        if self._method.smooth:
+            linear = self._linears[name.removeprefix(self._prefix)]
+            group = int4_group(linear.in_features, linear.global_name)
+            self._input_scale(name.removeprefix(self._prefix), None, tokens.float().abs().mean(0), tokens, group)
 
     def weight(self, linear: Linear, expert: int | None, moments: SecondMoments, tokens: torch.Tensor) -> torch.Tensor:
         """Quantize one matrix for inputs `tokens` [n, in]: what it is worth in the original network, float32 [out, in].
@@ -84,7 +85,8 @@ class LayerQuantizer:
                 f"calibration: the input of {linear.global_name} is not finite; the checkpoint or its dtype is damaged"
             )
         group = int4_group(linear.in_features, linear.global_name)
-        scale = self._input_scale(name, expert, moments, tokens, group)
+        magnitude = moments.magnitude / max(moments.weight, 1e-12)
+        scale = self._input_scale(name, expert, magnitude, tokens, group)
         scaled, second = (matrix * scale, second / torch.outer(scale, scale)) if scale is not None else (matrix, second)
         steps = choose_scales(scaled, second, group, self._dtype)
         found = compensate(scaled, steps, second) if self._method.compensate else round_to_scales(scaled, steps)
@@ -100,10 +102,11 @@ class LayerQuantizer:
         return weight if expert is None else weight[expert]
 
     def _input_scale(
-        self, name: str, expert: int | None, moments: SecondMoments, tokens: torch.Tensor, group: int
+        self, name: str, expert: int | None, magnitude: torch.Tensor, tokens: torch.Tensor, group: int
     ) -> torch.Tensor | None:
         """s [in] of a layer's input, None where it stays as it is; the same for all layers that read one norm."""
-        magnitude = moments.magnitude / max(moments.weight, 1e-12)
+        if not self._method.smooth:
+            return None
         sample = sample_tokens(tokens)
         for fold in self._norm_folds:
             if name in fold.linears:
@@ -146,12 +149,11 @@ class LayerQuantizer:
             self._split(result, self._linears[name], expert, whole, self._errors[name, expert])
             if rows is not None and self._linears[name].has_bias:
                 self._split_bias(result, self._linears[name], rows)
-        layer = self._weights.plan.layers[0]
         for fold in self._norm_folds:
             scale = self._norm_scales[fold.norm]
-            self._add_plain(result, layer, f"{fold.norm}.weight", 1 / scale)
+            self._add_plain(result, f"{fold.norm}.weight", 1 / scale)
             for name in fold.scaled_plain:
-                self._add_plain(result, layer, name, scale)
+                self._add_plain(result, name, scale)
         return result
 
     def _split(
@@ -178,7 +180,7 @@ class LayerQuantizer:
         for source, found in parts.items():
             result.plain[source] = torch.cat(found).to(self._dtype)
 
-    def _add_plain(self, result: LayerResult, layer: int, name: str, factor: torch.Tensor) -> None:
+    def _add_plain(self, result: LayerResult, name: str, factor: torch.Tensor) -> None:
         weight = self._weights.plain[self._prefix + name]
         [tensor] = [t for t in self._weights.plan.plain if t.spec.name == self._prefix + name]
         dtype = torch.float32 if tensor.spec.dtype == "F32" else self._dtype

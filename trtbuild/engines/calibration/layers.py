@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision
@@ -18,6 +22,7 @@ from trtbuild.engines.network.rope import rope_tables
 from trtbuild.engines.network.segments import Segment
 from trtbuild.engines.reference.torch_ops import Step, TorchOps
 from trtbuild.engines.reference.torch_weights import TorchWeights
+from trtbuild.workspace import write_atomic
 
 Ops = TypeVar("Ops", bound=TorchOps)
 _LAYER = Segment("decoder", 0, 0, 1)
@@ -61,3 +66,23 @@ def run_layer(ops: TorchOps) -> torch.Tensor:
     """The layer's output, [sequences, length, H]."""
     define_segment(ops, ops.weights[0].plan, _LAYER)
     return ops.outputs["hidden"][0]
+
+
+def save_hidden(file: Path, layer: int, hidden: torch.Tensor) -> None:
+    """Keep the hidden states before `layer`; call it after what was found below is kept, or a layer is left out."""
+    write_atomic(file, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer)}))
+
+
+def load_hidden(file: Path, is_kept: Callable[[int], bool]) -> tuple[int, torch.Tensor | None]:
+    """The layer to go on with, and hidden states [sequences, length, H] before it; 0 and None where there are none.
+
+    `is_kept` says whether what was found in a layer is there; they count only if all before them is.
+    """
+    if not file.is_file():
+        return 0, None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            layer, hidden = int(stored.metadata()["layer"]), stored.get_tensor("hidden")
+    except (SafetensorError, KeyError, ValueError):
+        return 0, None
+    return (layer, hidden) if all(map(is_kept, range(layer))) else (0, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from trtbuild.checkpoints.content import source_digest
@@ -21,7 +21,15 @@ from trtbuild.checkpoints.quantization import pack_int4
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.calibration.layer_quantizer import METHODS, LayerQuantizer, LayerResult, Method
-from trtbuild.engines.calibration.layers import compute_device, first_hidden, layer_ops, layer_weights, run_layer
+from trtbuild.engines.calibration.layers import (
+    compute_device,
+    first_hidden,
+    layer_ops,
+    layer_weights,
+    load_hidden,
+    run_layer,
+    save_hidden,
+)
 from trtbuild.engines.calibration.quantizing_ops import QuantizingOps
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
 from trtbuild.progress import ProgressFactory, no_progress
@@ -69,7 +77,7 @@ def prepare(
     """Quantize every decoder layer into `directory`, going on where an interrupted run stopped."""
     dtype, device = torch_dtype(SAFETENSORS_16BIT[source.config.dtype]), device or compute_device()
     with progress("quantizing", source.config.num_layers, "layers") as bar:
-        first, hidden = _load_hidden(directory)
+        first, hidden = load_hidden(directory / _HIDDEN, lambda layer: (directory / layer_file(layer)).is_file())
         hidden = first_hidden(source, text) if hidden is None else hidden
         hidden = hidden.to(device)
         bar.advance(first)
@@ -78,28 +86,9 @@ def prepare(
             quantizer = LayerQuantizer(weights, method, dtype)
             hidden = run_layer(layer_ops(QuantizingOps, weights, hidden, quantizer=quantizer))
             _save_layer(directory, source, layer, quantizer.result(), origin)
-            _save_hidden(directory, layer + 1, hidden)
+            save_hidden(directory / _HIDDEN, layer + 1, hidden)
             bar.advance()
     _write_facts(directory, source.config.num_layers)
-
-
-def _load_hidden(directory: Path) -> tuple[int, torch.Tensor | None]:
-    """The layer to go on with, and the hidden states before it; None where there are none."""
-    file = directory / _HIDDEN
-    if not file.is_file():
-        return 0, None
-    try:
-        with safe_open(file, framework="pt") as stored:
-            layer, hidden = int(stored.metadata()["layer"]), stored.get_tensor("hidden")
-    except (SafetensorError, KeyError, ValueError):
-        return 0, None
-    is_whole = all((directory / layer_file(before)).is_file() for before in range(layer))
-    return (layer, hidden) if is_whole else (0, None)
-
-
-def _save_hidden(directory: Path, layer: int, hidden: torch.Tensor) -> None:
-    """After the layer's own file: hidden states that are ahead of it would leave it out."""
-    write_atomic(directory / _HIDDEN, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer)}))
 
 
 def _save_layer(directory: Path, source: CheckpointSource, layer: int, result: LayerResult, origin: str) -> None:

@@ -50,7 +50,7 @@ class QuantizingOps(TorchOps):
     def experts(self, x: Ranks, name: str, scores: Ranks, indices: Ranks, moe: MoeConfig) -> Ranks:
         flat = x[0].flatten(0, 1)
         self._quantizer.count_tokens(indices[0], moe.num_experts)
-        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), moments_of([(flat, 1.0)]), flat)
+        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), flat)
         return super().experts(x, name, scores, indices, moe)
 
     def _rank_experts(

@@ -11,19 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from trtbuild.checkpoints.convert import ActivationRange, range_from_dict
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines.calibration.layers import compute_device, first_hidden, layer_ops, layer_weights, run_layer
+from trtbuild.engines.calibration.layers import (
+    compute_device,
+    first_hidden,
+    layer_ops,
+    layer_weights,
+    load_hidden,
+    run_layer,
+    save_hidden,
+)
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
 from trtbuild.engines.reference.torch_ops import TorchOps
 from trtbuild.errors import CheckpointError
 from trtbuild.progress import ProgressFactory, no_progress
-from trtbuild.workspace import digest_of, read_json, staged, write_atomic, write_json
+from trtbuild.workspace import digest_of, read_json, staged, write_json
 
 _BATCH = 4
 
@@ -68,16 +74,8 @@ class _SavedLayers:
         self._file = directory / "hidden.safetensors"
 
     def load(self) -> tuple[int, torch.Tensor | None]:
-        """The layer to go on with, and hidden states [sequences, length, H] before it; None where there are none."""
-        if not self._file.is_file():
-            return 0, None
-        try:
-            with safe_open(self._file, framework="pt") as stored:
-                layer, hidden = int(stored.metadata()["layer"]), stored.get_tensor("hidden")
-        except (SafetensorError, KeyError, ValueError):
-            return 0, None
-        is_whole = all(str(before) in self._journal.entries for before in range(layer))
-        return (layer, hidden) if is_whole else (0, None)
+        """See `load_hidden`."""
+        return load_hidden(self._file, lambda layer: str(layer) in self._journal.entries)
 
     def ranges(self, before: int) -> dict[str, ActivationRange]:
         """Of the layers below `before`."""
@@ -85,9 +83,8 @@ class _SavedLayers:
         return {name: range_from_dict(found) for entry in entries for name, found in entry.items()}
 
     def add(self, layer: int, hidden: torch.Tensor, ranges: dict[str, ActivationRange]) -> None:
-        """Ranges first: hidden states that are ahead of them would leave a layer out."""
         self._journal.add(str(layer), {name: asdict(found) for name, found in ranges.items()})
-        write_atomic(self._file, save({"hidden": hidden.cpu()}, metadata={"layer": str(layer + 1)}))
+        save_hidden(self._file, layer + 1, hidden)
 
 
 def calibrate_once(

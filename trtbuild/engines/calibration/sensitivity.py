@@ -7,7 +7,7 @@ Fisher information, as in arXiv 1905.12558). One backward pass gives g for every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,6 @@ def _add_costs(
         costs[name] = costs.get(name, 0.0) + cost
 
 
-def total(sensitivity: Sensitivity, formats: Mapping[str, FormatName], names: Sequence[str] | None = None) -> float:
+def total(sensitivity: Sensitivity, formats: Mapping[str, FormatName]) -> float:
     """Predicted growth of the loss, nats a token, where each linear layer has the given format (16 bit costs 0)."""
-    return sum(sensitivity[name].get(formats[name], 0.0) for name in names or formats)
+    return sum(sensitivity[name].get(form, 0.0) for name, form in formats.items())
