@@ -13,11 +13,12 @@ from trtbuild.accuracy.distributions import Divergence, compare_text, kl_diverge
 from trtbuild.accuracy.text_blocks import EvaluationText, TextBlocks, cut_text
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer
+from trtbuild.engines.calibration.text import TextTokens
 from trtbuild.errors import CheckpointError
 
 
 def blocks_of(*blocks: list[int]) -> TextBlocks:
-    return TextBlocks(EvaluationText("text", "abc"), [], blocks[0], list(blocks))
+    return TextBlocks(EvaluationText("text", "abc"), TextTokens([], blocks[0]), list(blocks))
 
 
 def test_kl_divergence_and_perplexity_of_known_distributions() -> None:
@@ -69,15 +70,17 @@ def test_a_text_through_chunks_is_the_text_in_one_piece() -> None:
 def test_blocks_are_spread_over_the_text_and_begin_as_a_text_begins() -> None:
     tokenizer = load_tokenizer(TINY_MIXTRAL)
     text = cut_text(EvaluationText.open(TINY_MIXTRAL / "eval.txt"), tokenizer, 1000, 128)
+    prefix, plain = text.tokens.prefix, text.tokens.plain
+    assert len(prefix) == 1
     assert [len(block) for block in text.blocks] == [128] * 7
-    assert all(block[: len(text.prefix)] == text.prefix for block in text.blocks)
-    body = 128 - len(text.prefix)
-    assert text.blocks[0][len(text.prefix) :] == text.plain[:body]
-    assert text.blocks[-1][len(text.prefix) :] == text.plain[-body:]
+    assert all(block[: len(prefix)] == prefix for block in text.blocks)
+    body = 128 - len(prefix)
+    assert text.blocks[0][len(prefix) :] == plain[:body]
+    assert text.blocks[-1][len(prefix) :] == plain[-body:]
     # Longer than the text: it begins again.
-    repeated = text.repeated(len(text.plain) + 50)
-    assert len(repeated) == len(text.plain) + 50
-    assert repeated[-30:] == text.plain[20 - len(text.prefix) : 50 - len(text.prefix)]
+    repeated = text.repeated(len(plain) + 50)
+    assert len(repeated) == len(plain) + 50
+    assert repeated[-30:] == plain[20 - len(prefix) : 50 - len(prefix)]
     with pytest.raises(CheckpointError, match="it takes 16"):
         cut_text(EvaluationText("short", "To be"), tokenizer, 1000, 128)
 

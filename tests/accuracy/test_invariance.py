@@ -10,7 +10,7 @@ import torch
 from helpers import TINY_QWEN2, executor_of, some_tokens
 
 from trtbuild.accuracy.distributions import WatchedExecutor, prefill_logits
-from trtbuild.accuracy.invariance import NOISE, check_invariance, check_long_prompt, prompts_of
+from trtbuild.accuracy.invariance import check_invariance, check_long_prompt, noise_limit, prompts_of
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.executor import LogitRows
 from trtbuild.engines.reference.executor import ReferenceExecutor
@@ -53,6 +53,8 @@ class Changed(WatchedExecutor):
     ) -> torch.Tensor | None:
         if self.fault == "chunks forget what came before":
             start = 0
+        if self.fault == "later chunks slip by a position":
+            start = max(0, start - 1)
         return super().prefill(slot, tokens, start, logits, embeddings)
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -63,7 +65,9 @@ class Changed(WatchedExecutor):
         logits = super().decode(slots, tokens, positions)
         if self.fault == "noise":
             generator = torch.Generator().manual_seed(len(slots) + slots[0])
-            logits = logits + 0.5 * NOISE["bf16"] * logits.std() * torch.randn(logits.shape, generator=generator)
+            logits = logits + 0.5 * noise_limit("bf16", 3) * logits.std() * torch.randn(
+                logits.shape, generator=generator
+            )
         return logits
 
 
@@ -71,31 +75,44 @@ class Changed(WatchedExecutor):
     ("fault", "way"),
     [
         ("chunks forget what came before", "in uneven chunks"),
+        ("later chunks slip by a position", "in uneven chunks"),
         ("rows of a batch are exchanged", "in a full batch"),
         ("the last slot forgets a token", "on the last slot"),
     ],
 )
-def test_a_fault_of_place_is_found(source: CheckpointSource, fault: str, way: str) -> None:
-    found = check_invariance(Changed(executor(source), fault), prompts_of(BLOCKS, 60), "bf16", strict=True)
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_a_fault_of_place_is_found(source: CheckpointSource, fault: str, way: str, compute: str) -> None:
+    """Also within fp8's wider limits, which the rounding of activations takes."""
+    found = check_invariance(
+        Changed(executor(source), fault), prompts_of(BLOCKS, 60), compute, 3, strict=compute == "bf16"
+    )
     assert any(way in line for line in found["failures"]), found["failures"]
     assert not any("again:" in line for line in found["failures"])
 
 
+def test_limits_grow_with_depth_up_to_a_bound() -> None:
+    """Healthy ones of 24 layers showed 0.017 and 0.077; no depth makes exchanged rows pass."""
+    assert 3 * 0.017 < noise_limit("bf16", 24) < 0.1
+    assert 2 * 0.077 < noise_limit("fp8", 24) < 0.2
+    assert noise_limit("bf16", 1) == noise_limit("bf16", 3) < 0.02
+    assert noise_limit("bf16", 500) == noise_limit("fp8", 80) < 0.5 * 0.6
+
+
 def test_rounding_is_not_a_fault(source: CheckpointSource) -> None:
-    found = check_invariance(executor(source), prompts_of(BLOCKS, 60), "bf16", strict=True)
+    found = check_invariance(executor(source), prompts_of(BLOCKS, 60), "bf16", 3, strict=True)
     assert found["failures"] == []
     assert len(found["ways"]) == 12
     # Chunks of other shapes round otherwise, which is what the limit leaves room for.
     differences = {run["way"]: run["median_difference"] for run in found["ways"]}
     assert differences["again"] == 0
-    assert 0 < differences["in uneven chunks"] < NOISE["bf16"] / 8
-    exact = check_invariance(executor(source, torch.float32), prompts_of(BLOCKS, 60), "float32", strict=True)
+    assert 0 < differences["in uneven chunks"] < noise_limit("bf16", 3) / 2
+    exact = check_invariance(executor(source, torch.float32), prompts_of(BLOCKS, 60), "float32", 3, strict=True)
     assert exact["failures"] == []
     assert all(run["same_tokens"] for run in exact["ways"])
 
 
 def test_parting_at_a_near_tie_is_reported_with_its_margin(source: CheckpointSource) -> None:
-    found = check_invariance(Changed(executor(source), "noise"), prompts_of(BLOCKS, 60), "bf16", strict=True)
+    found = check_invariance(Changed(executor(source), "noise"), prompts_of(BLOCKS, 60), "bf16", 3, strict=True)
     assert found["failures"] == []
     parted = [run for run in found["ways"] if not run["same_tokens"]]
     assert parted
@@ -105,7 +122,7 @@ def test_parting_at_a_near_tie_is_reported_with_its_margin(source: CheckpointSou
 
 
 def test_one_slot_has_no_batch(source: CheckpointSource) -> None:
-    found = check_invariance(executor(source, max_batch_size=1), prompts_of(BLOCKS, 60), "bf16", strict=True)
+    found = check_invariance(executor(source, max_batch_size=1), prompts_of(BLOCKS, 60), "bf16", 3, strict=True)
     assert {run["way"] for run in found["ways"]} == {"again", "in uneven chunks"}
 
 

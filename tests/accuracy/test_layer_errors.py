@@ -112,6 +112,11 @@ def test_the_source_executor_takes_what_was_forecast(tmp_path: Path) -> None:
 def test_limits_follow_the_loosest_precision_and_the_flags() -> None:
     assert Limits.for_engine({"bf16", "int8"}).max_ppl_increase == 0.02
     assert Limits.for_engine({"bf16", "int4", "fp8"}).min_top1 == Limits.for_engine({"int4"}).min_top1
+    # A calibration loses less than rounding does, and is held to that; formats looser than its int4 there are none.
+    rounded, calibrated = Limits.for_engine({"int4"}), Limits.for_engine({"int4", "int8"}, calibrated=True)
+    assert calibrated.max_kl < rounded.max_kl
+    assert calibrated.min_top1 > rounded.min_top1
+    assert Limits.for_engine({"int8"}, calibrated=True) == Limits.for_engine({"int8"})
     given = Limits.for_engine({"int4"}, max_ppl_increase=0.02, max_kl=0.0)
     assert (given.max_ppl_increase, given.max_kl) == (0.02, 0.0)
     assert [parse_part(text) for text in ("2%", "0.02", " 2.5 %", "0")] == [0.02, 0.02, 0.025, 0]
@@ -133,7 +138,7 @@ def test_a_format_that_loses_too_much_everywhere_fails_though_its_yardstick_does
     }  # fmt: skip
     assert find_failures(record) == [
         "config: sliding_window is None, the source has 64",
-        "mlp (int8): the median of 3 relative errors is 0.2, more than the format loses (0.05)",
+        "mlp (int8): the median of 3 relative errors is 0.2, more than the format loses (0.04)",
         "1 of 1 rows of logits are not finite",
     ]
     assert group_errors([]) == []

@@ -109,6 +109,15 @@ def test_tells_the_numbers(html: str) -> None:
     assert "Golden" not in passed.split("</head>")[1]
 
 
+def test_cells_have_their_columns_names_for_phones(html: str) -> None:
+    page = Page()
+    page.feed(html)
+    cells = [attributes for tag, attributes in page.tags if tag == "td" and "data-label" in attributes]
+    assert [cell["data-label"] for cell in cells[:4]] == ["text", "tokens", "source", "engine"]
+    assert [cell.get("class") for cell in cells[:2]] == [None, "number"]
+    assert [cell["data-label"] for cell in cells[10:]] == ["way", "same tokens", "median", "largest", "logits"]
+
+
 def test_bars_are_the_errors_of_the_layers() -> None:
     figure: Any = layer_figure(record())
     bars = {bar.name: (list(bar.x), list(bar.y)) for bar in figure.data if bar.type == "bar"}
@@ -117,6 +126,9 @@ def test_bars_are_the_errors_of_the_layers() -> None:
     assert list(median.y) == [0.12, 0.12]
     limits = [line for line in figure.data if line.name and line.name.endswith(" limit")]
     assert [list(line.y) for line in limits] == [[0.2, 0.2], [0.2, 0.2]]
+    # Marks stand over the bars that they belong to.
+    assert figure.layout.scattermode == "group"
+    assert {trace.offsetgroup for trace in (*limits, median)} == {"attention", "expert"}
 
 
 def test_the_picture_has_a_cell_for_every_linear_layer() -> None:
@@ -132,6 +144,8 @@ def test_the_picture_has_a_cell_for_every_linear_layer() -> None:
     assert [list(row) for row in cells.text] == [["bf16", "fp8"], ["int4", ""], ["", "something new"]]
     legend = [trace.name for trace in figure.data[1:]]
     assert legend == ["int4", "fp8", "bf16", "something new"]
+    # Also with one precision, where plotly would leave it out.
+    assert figure.layout.showlegend
     assert [[None if code is None else legend[int(code)] for code in row] for row in cells.z] == [
         ["bf16", "fp8"], ["int4", None], [None, "something new"]
     ]  # fmt: skip

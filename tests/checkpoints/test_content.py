@@ -20,8 +20,8 @@ from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint, verify_content, weights_digest
 from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.checkpoints.safetensors_file import read_header
-from trtbuild.checkpoints.shards import cut_into_units
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.checkpoints.work_units import cut_into_units
 from trtbuild.errors import CheckFailed, CheckpointError, Refused
 
 LAYOUT = Layout.resolve(2)

@@ -25,8 +25,8 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.checkpoints.rank_tensors import plan_rank
-from trtbuild.checkpoints.shards import cut_into_units
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.checkpoints.work_units import cut_into_units
 from trtbuild.errors import CheckpointError, Refused
 
 LAYOUT = Layout.resolve(2, 1, 1, 2)

@@ -99,6 +99,33 @@ def test_the_tools_checkpoints_have_what_is_hard_to_read() -> None:
     assert source.stored("layers.1.gate") is None
 
 
+def test_experts_under_either_name_are_the_same(tmp_path: Path) -> None:
+    """llm-compressor writes gate_proj, up_proj and down_proj where the hub has w1, w3 and w2; never a mixture."""
+    directory, options, tensors, expected = tool_made("w4a16-mixtral")
+    assert "model.layers.0.block_sparse_moe.experts.1.gate_proj.weight" in expected
+    theirs = CheckpointSource.open(str(directory))
+    hub = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+    def renamed(*parts: str) -> CheckpointSource:
+        target = tmp_path / "-".join(parts)
+        target.mkdir()
+        names = {name: name for name in tensors}
+        for part in parts:
+            names |= {k: v.replace(part, hub[part]) for k, v in names.items() if ".experts." in v}
+        save_file({names[name]: tensor for name, tensor in tensors.items()}, target / "model.safetensors")
+        (target / "config.json").write_bytes((directory / "config.json").read_bytes())
+        return CheckpointSource.open(str(target))
+
+    ours = renamed(*hub)
+    for canonical in ours._names:
+        assert torch.equal(ours.tensor(canonical), theirs.tensor(canonical)), canonical
+    assert not torch.equal(ours.tensor("layers.0.experts.0.gate"), ours.tensor("layers.0.experts.0.up"))
+    codes, _ = read_codes(tensors, "model.layers.0.block_sparse_moe.experts.1.up_proj", options)
+    assert np.array_equal(theirs.stored_rows("layers.0.experts.1.up", 0, 64).values.numpy(), codes)
+    with pytest.raises(CheckpointError, match=r"experts\.0\.\w+'? is missing|experts\.0\.\S+ has no place"):
+        renamed("gate_proj", "up_proj")
+
+
 def test_fp8_has_its_scales_and_ranges() -> None:
     directory, _, tensors, _ = tool_made("fp8-mixtral")
     source = CheckpointSource.open(str(directory))

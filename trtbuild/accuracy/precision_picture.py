@@ -49,7 +49,8 @@ def precision_picture(precisions: Mapping[str, str]) -> go.Figure:
         marker = {"color": _COLOURS.get(name, _UNKNOWN), "size": 12, "symbol": "square"}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
     figure.update_layout(
-        template="none", height=120 + 34 * len(projections), margin={"l": 10, "r": 10, "t": 10, "b": 40},
+        template="none", showlegend=True, height=120 + 34 * len(projections),
+        margin={"l": 10, "r": 10, "t": 10, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         xaxis={"title": "decoder layer", "showgrid": False, "zeroline": False, "dtick": max(1, len(layers) // 8)},

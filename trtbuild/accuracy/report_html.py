@@ -31,12 +31,19 @@ p.soft, .soft { color: var(--soft); margin: 0 0 8px; }
 .card { background: var(--card); border-radius: 8px; padding: 10px 12px; }
 .card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; }
-th { color: var(--soft); font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } .wide th, .wide td { overflow-wrap: normal; white-space: nowrap; }
+.number { text-align: right; } .facts td:first-child { color: var(--soft); min-width: 110px; overflow-wrap: normal; }
+@media (max-width: 600px) {
+  table { font-size: 13px; } th, td { padding-right: 8px; } th:last-child, td:last-child { padding-right: 0; }
+  .wide th:not(.number), .wide td:not(.number) { white-space: normal; } .stacked thead { display: none; }
+  .stacked tr { display: block; padding: 4px 0; border-bottom: 1px solid var(--line); }
+  .stacked td { display: flex; justify-content: space-between; border: 0; padding: 2px 0; }
+  .stacked td::before { content: attr(data-label); color: var(--soft); } }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 10px; }
 pre { background: var(--card); border-radius: 8px; padding: 10px; margin: 4px 0; white-space: pre-wrap;
   overflow-wrap: anywhere; font-size: 13px; }
+.js-plotly-plot { min-height: 120px; }
 .js-plotly-plot text { fill: var(--text) !important; }
 .js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important; }
 .js-plotly-plot .hoverlayer text { fill: #fff !important; }
@@ -92,19 +99,23 @@ def layer_figure(record: Mapping[str, Any]) -> go.Figure:
         hover = [f"{title}, {block['precision']}: limit {limit:.3g}" for block, limit in zip(mine, limits, strict=True)]
         name = f"{title} (worst)" if many else title
         figure.add_bar(
-            x=x, y=[max(e) for e in errors], name=name, marker_color=colour, hovertext=hover, legendgroup=kind
-        )
+            x=x, y=[max(e) for e in errors], name=name, marker_color=colour, hovertext=hover, legendgroup=kind,
+            offsetgroup=kind,
+        )  # fmt: skip
         if many:
             middle = [median(e) for e in errors]
-            marker = {"color": colour, "symbol": "line-ew-open", "size": 14, "line": {"width": 2}}
-            figure.add_scatter(x=x, y=middle, mode="markers", name="expert (median)", marker=marker)
+            marker = {"color": "#56B4E9", "symbol": "line-ew-open", "size": 14, "line": {"width": 3}}
+            figure.add_scatter(
+                x=x, y=middle, mode="markers", name="expert (median)", marker=marker, offsetgroup=kind, legendgroup=kind
+            )
         line = {"color": colour, "dash": "dot", "width": 1}
         figure.add_scatter(
             x=x, y=limits, mode="lines+markers", line=line, marker={"size": 4}, name=f"{title} limit", legendgroup=kind,
-            showlegend=False, hoverinfo="skip",
+            showlegend=False, hoverinfo="skip", offsetgroup=kind,
         )  # fmt: skip
     figure.update_layout(
-        template="none", barmode="group", height=420, margin={"l": 50, "r": 10, "t": 10, "b": 40},
+        template="none", barmode="group", scattermode="group", showlegend=True, height=420,
+        margin={"l": 50, "r": 10, "t": 10, "b": 40},
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         xaxis={"title": "decoder layer", "zeroline": False, "dtick": max(1, len({b["layer"] for b in layers}) // 8)},
@@ -121,7 +132,8 @@ def _headline(name: str, record: Mapping[str, Any]) -> str:
     verdict = '<span class="good">passed</span>' if record["passed"] else '<span class="bad">failed</span>'
     return (
         f"<h1>{name}: {verdict}</h1>"
-        f'<p class="soft">against {escape(str(record["source"]["model"]))} in float32, {escape(record["date"])}</p>'
+        f'<p class="soft">against {escape(str(record["source"]["model"]))} in float32, '
+        f'<span style="white-space: nowrap">{escape(record["date"])}</span></p>'
     )
 
 
@@ -160,7 +172,8 @@ def _environment(passport: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         ("layout", ", ".join(f"{key} {value}" for key, value in passport["layout"].items())),
         ("rebuild", passport["rebuild"]),
     ]  # fmt: skip
-    return _section("Who made these numbers", "", _table((), [[escape(a), escape(str(b))] for a, b in rows]))
+    body = "".join(f"<tr><td>{escape(a)}</td><td>{escape(str(b))}</td></tr>" for a, b in rows)
+    return _section("Who made these numbers", "", f'<table class="facts">{body}</table>')
 
 
 def _texts(record: Mapping[str, Any]) -> str:
@@ -179,15 +192,15 @@ def _texts(record: Mapping[str, Any]) -> str:
         f"divergence, {_percent(limits['min_top1'])} top-1 agreement. The standard error is that of the paired "
         "difference."
     )
-    return _section("Perplexity and next-token distributions", note, _table(header, rows))
+    return _section("Perplexity and next-token distributions", note, _table(header, rows, num_text=1, stacked=True))
 
 
 def _executor_checks(record: Mapping[str, Any]) -> str:
     prompt, invariance = record["long_prompt"], record["invariance"]
-    header = ("prompt", "way", "same tokens", "median difference", "largest", "largest logit difference")
+    header = ("way", "same tokens", "median", "largest", "logits")
     rows = [
         [
-            str(run["prompt"]), escape(run["way"]),
+            escape(f"prompt {run['prompt']} {run['way']}"),
             "yes" if run["same_tokens"] else f"to step {run['parts_at_step']} (margin {_short(run['margin_there'])})",
             _short(run["median_difference"]), _short(run["largest_difference"]),
             _short(run["largest_logit_difference"]),
@@ -195,12 +208,13 @@ def _executor_checks(record: Mapping[str, Any]) -> str:
         for run in invariance["ways"]
     ]  # fmt: skip
     note = (
-        f"Differences of logits from the prompt alone, as parts of their spread; half of the steps must be within "
-        f"{invariance['noise_limit']:g}. Long prompt: {prompt['num_tokens']} tokens, then to position "
+        "Differences of logits from the prompt alone, median and largest of the steps, as parts of the logits' spread; "
+        f"half of the steps must be within {invariance['noise_limit']:g}. The last column is the largest difference of "
+        f"one logit. Long prompt: {prompt['num_tokens']} tokens, then to position "
         f"{prompt['last_position']}; mean KL {_short(prompt['mean_kl'])} nats over its last {prompt['num_compared']} "
         f"positions. {record['logits']['rows']} rows of logits, {record['logits']['not_finite']} not finite."
     )
-    return _section("The same answer wherever it runs", note, _table(header, rows))
+    return _section("The same answer wherever it runs", note, _table(header, rows, num_text=2))
 
 
 def _golden(golden: Mapping[str, Any] | None) -> str:
@@ -240,16 +254,28 @@ def _section(title: str, note: str, content: str) -> str:
     return f"<h2>{escape(title)}</h2>{soft}{content}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
-    head = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>" if header else ""
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>{head}{body}</table></div>'
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int, stacked: bool = False) -> str:
+    """Cells are HTML already; those after the first `num_text` columns are numbers. On a phone a stacked table's rows
+    become lists.
+    """
+    kinds = ["" if index < num_text else ' class="number"' for index in range(len(header))]
+    head = "".join(f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, header, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td{kind} data-label="{escape(name)}">{cell}</td>'
+            for kind, name, cell in zip(kinds, header, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    name = ' class="stacked"' if stacked else ""
+    return f'<div class="wide"><table{name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _plot(figure: go.Figure, name: str) -> str:
     return figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True, "displaylogo": False}
+        full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True, "displayModeBar": False}
     )
 
 

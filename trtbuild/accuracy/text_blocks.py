@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from trtbuild.engines.calibration.text import Text, TextTokens
 from trtbuild.errors import CheckpointError
 
 BLOCK_TOKENS = 256
+_SHORTEST_BLOCK = 16
 # Without --num-tokens: 16 blocks, enough for a standard error, and minutes of a CPU for a model of 7B.
 DEFAULT_NUM_TOKENS = 4096
-BUNDLED = "bundled"
 
 
-@dataclass(frozen=True)
-class EvaluationText:
-    """A text and where it came from, for the record."""
+class EvaluationText(Text):
+    """What models are compared on; calibration does not see the bundled one."""
 
-    name: str
-    text: str
-
-    @classmethod
-    def open(cls, file: Path | None) -> EvaluationText:
-        """A file, or the bundled text, which calibration does not see. CheckpointError where it cannot be read."""
-        if file is None:
-            return cls(BUNDLED, resources.files("trtbuild.data").joinpath("evaluation.txt").read_text("utf-8"))
-        try:
-            return cls(file.name, file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"--text {file}: not a readable UTF-8 text ({error})") from error
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+    option = "--text"
+    bundled_file = "evaluation.txt"
 
 
 @dataclass(frozen=True)
 class TextBlocks:
-    """One text cut into blocks of equal length, each beginning as the tokenizer begins a text.
-
-    `plain` is the whole text's tokens without that beginning.
-    """
+    """One text cut into blocks of equal length, each beginning as the tokenizer begins a text."""
 
     text: EvaluationText
-    prefix: list[int]
-    plain: list[int]
+    tokens: TextTokens
     blocks: list[list[int]]
 
     @property
@@ -56,9 +35,9 @@ class TextBlocks:
 
     def repeated(self, length: int) -> list[int]:
         """The text over and over, exactly `length` tokens."""
-        body = length - len(self.prefix)
-        times = -(-max(body, 1) // len(self.plain))
-        return (self.prefix + self.plain * times)[:length]
+        prefix, plain = self.tokens.prefix, self.tokens.plain
+        times = -(-max(length - len(prefix), 1) // len(plain))
+        return (prefix + plain * times)[:length]
 
 
 def cut_text(text: EvaluationText, tokenizer: Any, num_tokens: int, max_seq_len: int) -> TextBlocks:
@@ -66,14 +45,10 @@ def cut_text(text: EvaluationText, tokenizer: Any, num_tokens: int, max_seq_len:
 
     Raises CheckpointError where the text is shorter than one block of 16 tokens.
     """
-    # verbose=False: a text longer than the model's context is meant to be cut up here.
-    ids: list[int] = tokenizer(text.text, verbose=False)["input_ids"]
-    plain: list[int] = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = ids[: len(ids) - len(plain)] if plain and ids[-len(plain) :] == plain else []
-    length = min(BLOCK_TOKENS, max_seq_len, len(plain) + len(prefix)) - len(prefix)
-    if length < 16:
-        raise CheckpointError(f"--text {text.name}: {len(plain)} tokens (max_seq_len {max_seq_len}); it takes 16")
-    count = max(1, min(len(plain) // length, num_tokens // (length + len(prefix))))
-    last = len(plain) - length
-    starts = [round(last * i / max(1, count - 1)) for i in range(count)]
-    return TextBlocks(text, prefix, plain, [prefix + plain[start : start + length] for start in starts])
+    tokens = TextTokens.of(text, tokenizer)
+    num_prefix, num_plain = len(tokens.prefix), len(tokens.plain)
+    length = min(BLOCK_TOKENS, max_seq_len, num_plain + num_prefix) - num_prefix
+    if length < _SHORTEST_BLOCK:
+        raise CheckpointError(f"--text {text.name}: {num_plain} tokens (max_seq_len {max_seq_len}); it takes 16")
+    count = max(1, min(num_plain // length, num_tokens // (length + num_prefix)))
+    return TextBlocks(text, tokens, tokens.sequences(count, length))

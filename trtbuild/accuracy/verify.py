@@ -25,6 +25,7 @@ from trtbuild.accuracy.record import RECORD_FORMAT, environment, plain_numbers
 from trtbuild.accuracy.text_blocks import DEFAULT_NUM_TOKENS, EvaluationText, TextBlocks, cut_text
 from trtbuild.checkpoints.lora import LoraAdapter
 from trtbuild.checkpoints.model_config import ModelConfig
+from trtbuild.checkpoints.precision import CALIBRATED
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer
@@ -114,9 +115,11 @@ class _Job:
         passport.check_files()
         checkpoint = RankCheckpoint.open(engine_dir)
         precisions = {linear.precision for plan in checkpoint.plans for linear in plan.linears}
+        calibrated = passport.precision.weights in CALIBRATED
+        limits = Limits.for_engine(precisions, calibrated=calibrated, **options.limits)
         return cls(
             passport, checkpoint, source, SourceModel(source, passport.limits.max_seq_len, device), tokenizer, texts,
-            texts[0].repeated(longest), questions, Limits.for_engine(precisions, **options.limits), options, device,
+            texts[0].repeated(longest), questions, limits, options, device,
         )  # fmt: skip
 
     def walk(self, progress: ProgressFactory) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
@@ -161,9 +164,10 @@ class _Job:
             bar.advance()
             longest = len(self.long_prompt)
             prompts = prompts_of([block for text in self.texts for block in text.blocks], longest)
-            precision = self.passport.precision
-            strict = self.checkpoint.config.moe is None and not any("fp8" in name for name in self._precisions())
-            invariance = check_invariance(executor, prompts, precision.dtype, strict=strict)
+            has_fp8 = any("fp8" in name for name in self._precisions())
+            compute = "fp8" if has_fp8 else self.passport.precision.dtype
+            strict = self.checkpoint.config.moe is None and not has_fp8
+            invariance = check_invariance(executor, prompts, compute, self.checkpoint.config.num_layers, strict=strict)
             bar.advance()
         return {"texts": [text.to_dict() for text in texts], "long_prompt": long_prompt, "invariance": invariance}
 

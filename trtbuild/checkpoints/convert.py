@@ -26,9 +26,10 @@ from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, FORMAT_VERSION, Rank
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
 from trtbuild.checkpoints.remote_units import Conversion, run_on_pool, source_bytes
-from trtbuild.checkpoints.shards import Unit, UnitRecord, cut_into_units, fill_unit
+from trtbuild.checkpoints.shards import fill_unit
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tensorrt_llm_config import tensorrt_llm_config
+from trtbuild.checkpoints.work_units import Unit, UnitRecord, cut_into_units
 from trtbuild.errors import CheckFailed, Refused
 from trtbuild.pools import Pool
 from trtbuild.progress import ProgressFactory, no_progress
@@ -63,12 +64,13 @@ class Calibration:
     """How to find the activation ranges, and what identifies the result: text digest, tokens.
 
     `prepare` gives the checkpoint with the linear layers that the calibration has quantized, if it quantizes any; what
-    it found before it finds again.
+    it found before it finds again. `devices` tells what computed a finished calibration, which identifies nothing.
     """
 
     identity: dict[str, Any]
     run: Callable[[], dict[str, ActivationRange]]
     prepare: Callable[[], PreparedSource] | None = None
+    devices: Callable[[], list[dict[str, Any]]] | None = None
 
 
 def convert(
@@ -114,7 +116,8 @@ def convert(
                 records = _fill(partial, plans, reader, ranges, workers, progress, pool)
             if source.fingerprint() != fingerprint:
                 raise CheckFailed(f"{source.directory} was changed while it was read; give the command again")
-            _write_configs(partial, source, layout, precision, provenance or {}, {
+            computed = {"calibrated_on": calibration.devices()} if calibration and calibration.devices else {}
+            _write_configs(partial, source, layout, precision, (provenance or {}) | computed, {
                 "tensors": manifest(plans, records, ranges), "digests": rank_digests(plans, records),
                 "source": {name: digest for record in records for name, digest in record.sources.items()},
             })  # fmt: skip

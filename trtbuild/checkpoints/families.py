@@ -6,8 +6,8 @@ A family is one row. `hf_config.read_config` checks a config against its row and
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trtbuild.checkpoints.model_config import MlaConfig, MoeConfig
@@ -51,6 +51,8 @@ def _moe_keys(block: str, expert_names: tuple[str, str, str] = ("gate_proj", "up
 
 _DENSE_KEYS = {**_OUTER_KEYS, **_ATTENTION_KEYS, **_mlp_keys("", "mlp")}
 _MIXTRAL_KEYS = {**_OUTER_KEYS, **_ATTENTION_KEYS, **_moe_keys("block_sparse_moe", ("w1", "w3", "w2"))}
+# As llm-compressor names the parts when it has taken transformers 5's stacked experts apart.
+_MIXTRAL_PROJ_KEYS = {**_MIXTRAL_KEYS, **_moe_keys("block_sparse_moe")}
 _QWEN2_MOE_KEYS = {
     **_DENSE_KEYS,
     **_moe_keys("mlp"),
@@ -76,6 +78,7 @@ class Family:
 
     `required` keys must be positive whole numbers; `optional` ones are checked by `problems`, or where they are read.
     `default_theta` and `default_head_dim` are transformers' values for a config without them (None: hidden / heads).
+    `other_keys` is the key map of files that spell some names otherwise.
     """
 
     name: str
@@ -86,6 +89,20 @@ class Family:
     problems: Callable[[HfConfig], Iterator[str]] = _no_problems
     default_theta: float = 10000.0
     default_head_dim: int | None = None
+    other_keys: Mapping[str, str] | None = None
+
+    def as_spelled_in(self, names: Collection[str]) -> Family:
+        """The family with the key map that a checkpoint's tensors follow; its own where they follow both or neither."""
+        if self.other_keys is None:
+            return self
+        differing = [key for key in self.keys if self.keys[key] != self.other_keys[key]]
+
+        def follows(keys: Mapping[str, str]) -> bool:
+            modules = tuple(keys[key].format(layer=0, expert=0).removesuffix("weight") for key in differing)
+            return any(name.startswith(modules) for name in names)
+
+        is_other = follows(self.other_keys) and not follows(self.keys)
+        return replace(self, keys=self.other_keys, other_keys=None) if is_other else self
 
     def source_name(self, canonical: str) -> str:
         """The checkpoint's tensor for a canonical name such as `layers.3.experts.5.up` or `layers.0.q.bias`."""
@@ -233,6 +250,7 @@ FAMILIES: dict[str, Family] = {
         _mixtral,
         required=frozenset({"num_local_experts", "num_experts_per_tok"}),
         default_theta=1e6,
+        other_keys=_MIXTRAL_PROJ_KEYS,
     ),
     "Qwen2ForCausalLM": Family("qwen2", _DENSE_KEYS, _qwen2, optional=_WINDOW),
     "Qwen2MoeForCausalLM": Family(

@@ -29,17 +29,20 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor; it shares its memory with the last one taken under this name."""
+    def take(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """An uninitialised tensor; it shares its memory with the last one taken under this name on the device."""
         num_bytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < num_bytes:
-            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        device = device or torch.device("cpu")
+        if buffer is None or len(buffer) < num_bytes or buffer.device != device:
+            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return buffer[:num_bytes].view(dtype).view(tuple(shape))
 
     def copy(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`tensor` in another type, contiguous."""
-        return self.take(name, tensor.shape, dtype).copy_(tensor)
+        """`tensor` in another type, contiguous, on its device."""
+        return self.take(name, tensor.shape, dtype, tensor.device).copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def quantize_int4(
     """
     scratch = scratch or Scratch()
     groups = scratch.copy("float", weight, torch.float32).unflatten(1, (-1, group_size))
-    absolute = torch.abs(groups, out=scratch.take("dequantized", groups.shape, torch.float32))
+    absolute = torch.abs(groups, out=scratch.take("dequantized", groups.shape, torch.float32, groups.device))
     scales = _nonzero((absolute.amax(-1) / INT4_MAX).to(scale_dtype))
     values = groups.div_(scales.float().unsqueeze(-1)).round_().clamp_(-8, 7)
     return QuantizedWeight(scratch.copy("values", values.flatten(1), torch.int8), scales)

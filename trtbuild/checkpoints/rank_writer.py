@@ -15,7 +15,7 @@ from trtbuild.checkpoints.content import Digest, file_digest, raw_bytes
 from trtbuild.checkpoints.rank_checkpoint import rank_file
 from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.safetensors_file import layout_header
-from trtbuild.checkpoints.shards import Unit
+from trtbuild.checkpoints.work_units import Unit
 from trtbuild.errors import Refused
 from trtbuild.units import format_bytes
 from trtbuild.workspace import sync

@@ -23,8 +23,9 @@ from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
-from trtbuild.checkpoints.shards import Unit, UnitRecord, cut_into_units, fill_unit
+from trtbuild.checkpoints.shards import fill_unit
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.checkpoints.work_units import Unit, UnitRecord, cut_into_units
 from trtbuild.errors import CheckpointError, Refused
 from trtbuild.pools import Pool
 

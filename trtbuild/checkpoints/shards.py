@@ -1,21 +1,20 @@
 """Filling rank tensors from the source: the one place where slices, fusion and quantization meet.
 
-The unit of work is everything that shares a scale or a source tensor: one linear layer, or one expert of it, over all
-ranks. Each source matrix is read in blocks of rows that fit into a core's cache; a block is checked, hashed, converted
-and written to every rank while it is warm. Memory is a few blocks, whatever the matrix.
+Each source matrix is read in blocks of rows that fit into a core's cache; a block is checked, hashed, converted and
+written to every rank while it is warm. Memory is a few blocks, whatever the matrix.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from trtbuild.checkpoints.content import Digest, SourceReader, row_blocks
-from trtbuild.checkpoints.precision import LinearForm
+from trtbuild.checkpoints.kept_rows import keep_rows, keeps
 from trtbuild.checkpoints.quantization import (
     FP8_MAX,
     QuantizedWeight,
@@ -28,8 +27,9 @@ from trtbuild.checkpoints.quantization import (
     quantize_int4,
     quantize_int8,
 )
-from trtbuild.checkpoints.rank_tensors import Linear, Piece, RankPlan
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.checkpoints.safetensors_file import torch_dtype
+from trtbuild.checkpoints.work_units import LayerRecord, Slice, Unit, UnitRecord, cut_into_units
 from trtbuild.errors import CheckpointError
 
 ReadSource = Callable[[str], torch.Tensor]
@@ -41,124 +41,6 @@ class Destination(Protocol):
     def write(self, rank: int, name: str, expert: int | None, row: int, block: torch.Tensor, /) -> None:
         """Store `block` from `row` on, in the tensor or in one expert of it; the types are the same."""
         ...
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One piece of one rank tensor: of a plain one of type `dtype`, or of a linear layer's weight."""
-
-    rank: int
-    name: str
-    dtype: str
-    piece: Piece
-    linear: Linear | None = None
-
-    @property
-    def layer(self) -> tuple[str, int | None] | None:
-        """A linear layer's global name and its expert's global index: what shares an fp8 scale."""
-        if self.linear is None:
-            return None
-        expert = None if self.piece.expert is None else self.linear.first_expert + self.piece.expert
-        return self.linear.global_name, expert
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Slices that are made together; no other unit reads their sources or writes their part of a rank tensor."""
-
-    slices: tuple[Slice, ...]
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(piece.piece.source for piece in self.slices))
-
-    @property
-    def key(self) -> str:
-        return self.slices[0].piece.source
-
-
-def cut_into_units(plans: list[RankPlan]) -> list[Unit]:
-    """All work of a conversion."""
-    groups: dict[Any, list[Slice]] = {}
-    for rank, plan in enumerate(plans):
-        for tensor in plan.plain:
-            name, dtype = tensor.spec.name, tensor.spec.dtype
-            groups.setdefault((rank, name), []).extend(Slice(rank, name, dtype, piece) for piece in tensor.pieces)
-        for linear in plan.linears:
-            bias = f"{linear.name}.bias"
-            groups[rank, bias] = [Slice(rank, bias, linear.dtype, piece) for piece in linear.bias_pieces]
-            for piece in linear.pieces:
-                part = Slice(rank, linear.name, linear.dtype, piece, linear)
-                groups.setdefault(part.layer, []).append(part)
-    return [Unit(tuple(slices)) for slices in _join(list(groups.values()))]
-
-
-def _join(groups: list[list[Slice]]) -> list[list[Slice]]:
-    """Unite the groups that read a common source (a tied embedding and lm_head, one norm on every rank)."""
-    owner: dict[str, int] = {}
-    joined: dict[int, list[Slice]] = {}
-    for index, group in enumerate(groups):
-        sources = {part.piece.source for part in group}
-        others = {owner[source] for source in sources if source in owner}
-        first = min(others, default=index)
-        joined.setdefault(first, []).extend(group)
-        for other in sorted(others - {first}):
-            joined[first] += joined.pop(other)
-        owner |= dict.fromkeys((part.piece.source for part in joined[first]), first)
-    return [slices for slices in joined.values() if slices]
-
-
-@dataclass
-class LayerRecord:
-    """Scales and squared errors of one linear layer, or one expert of it."""
-
-    precision: str
-    group_size: int | None = None
-    scale_min: float | None = None
-    scale_max: float | None = None
-    error_squares: float = 0.0
-    weight_squares: float = 0.0
-    activation_scale: float | None = None
-    origin: str | None = None
-
-    def add(self, source: torch.Tensor, quantized: QuantizedWeight, scratch: Scratch) -> None:
-        """Count one block's scales and its squared error."""
-        self.add_scales(quantized.scales)
-        exact = scratch.copy("float", source, torch.float32)
-        error = quantized.dequantize(scratch).sub_(exact).flatten()
-        exact = exact.flatten()
-        self.weight_squares += float(torch.dot(exact, exact))
-        self.error_squares += float(torch.dot(error, error))
-
-    def add_scales(self, scales: torch.Tensor) -> None:
-        low, high = float(scales.min()), float(scales.max())
-        self.scale_min = low if self.scale_min is None else min(low, self.scale_min)
-        self.scale_max = high if self.scale_max is None else max(high, self.scale_max)
-
-    def add_origin(self, stored: StoredWeight, kept: bool) -> None:
-        """Note that a source held the weight quantized, and the error that it was quantized with, if that is known."""
-        if not kept:
-            self.origin = f"encoded again from {stored.form.format} of {stored.origin}"
-        else:
-            self.origin = stored.origin if stored.weight_squares is not None else f"kept from {stored.origin}"
-        if kept and stored.error_squares is not None and stored.weight_squares is not None:
-            self.error_squares += stored.error_squares
-            self.weight_squares += stored.weight_squares
-
-
-@dataclass
-class UnitRecord:
-    """What a unit became: enough for the precision manifest, and small enough for the journal.
-
-    `plain` gives the type of each unquantized tensor by rank{r}/NAME, `layers` each linear layer's (or expert's)
-    record, `sources` the content digest of each source tensor, `digests` that of each written part of a rank tensor.
-    """
-
-    key: str
-    plain: dict[str, str] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 def fill_unit(unit: Unit, source: SourceReader, destination: Destination, amax: dict[str, float]) -> UnitRecord:
@@ -293,30 +175,12 @@ class _Filling:
         """Cut rows start.. of a quantized source, as they are, into every slice that has a part of them."""
         for part, row, whole in _overlaps(slices, start, len(block.values)):
             assert part.linear is not None and part.layer is not None
-            linear, expert = part.linear, part.piece.expert
-            columns = part.piece.columns or range(block.values.shape[1])
-            values = block.values[whole, columns.start : columns.stop].contiguous()
-            scales = block.scales[whole] if len(block.scales) == len(block.values) else block.scales
-            if linear.group_size:
-                values = pack_int4(values)
-                # A rank may need smaller groups than the source has: they repeat its scales.
-                size = block.values.shape[1] // scales.shape[1]
-                chosen = torch.arange(columns.start, columns.stop, linear.group_size) // size
-                scales = scales[:, chosen]
-                if linear.form.zeros:
-                    zeros = torch.zeros_like(scales) if block.zeros is None else block.zeros[whole][:, chosen]
-                    zero = (scales.float() * zeros.float()).neg_().to(torch_dtype(linear.dtype))
-                    self._destination.write(part.rank, f"{part.name}.zero", expert, row, zero)
-                stored_scales, name = scales.to(torch_dtype(linear.dtype)), "weights_scaling_factor"
-            else:
-                name = "weights_scaling_factor" if linear.precision == "fp8" else "per_channel_scale"
-                stored_scales = scales.float().expand(len(values))
-            self._destination.write(part.rank, f"{part.name}.weight", expert, row, values)
-            self._layers[part.layer].add_scales(scales)
-            if linear.precision == "fp8" and not linear.form.row_scales:
-                self._weight_amax[part.layer] = float(scales[0]) * FP8_MAX
-            else:
-                self._destination.write(part.rank, f"{part.name}.{name}", expert, row, stored_scales.contiguous())
+            rows = keep_rows(block, whole, part.piece.columns, part.linear, part.piece.source)
+            for role, tensor in rows.tensors.items():
+                self._destination.write(part.rank, f"{part.name}.{role}", part.piece.expert, row, tensor)
+            self._layers[part.layer].add_scales(rows.scales)
+            if rows.one_scale is not None:
+                self._weight_amax[part.layer] = rows.one_scale * FP8_MAX
 
     def _write_fp8_scales(self) -> None:
         """One weight scale per layer or expert (unless every row has its own), and one activation scale per layer."""
@@ -335,13 +199,6 @@ class _Filling:
             self._destination.write(
                 rank, f"{name}.activation_scaling_factor", None, 0, torch.tensor([activation_scale])
             )
-
-
-def keeps(form: LinearForm, stored: LinearForm) -> bool:
-    """Whether a linear layer of `form` can hold a source's quantized values as they are."""
-    if form.format != stored.format or form.order != stored.order or (stored.zeros and not form.zeros):
-        return False
-    return form.row_scales or not stored.row_scales
 
 
 def _overlaps(slices: list[Slice], start: int, count: int) -> Iterator[tuple[Slice, int, slice]]:

@@ -104,7 +104,11 @@ class CheckpointSource:
 
     @cached_property
     def family(self) -> Family:
-        return family_of(self.config.architecture)
+        """With the names that the files have, if they are there."""
+        family = family_of(self.config.architecture)
+        if family.other_keys is None or not any(self.directory.glob("*.safetensors")):
+            return family
+        return family.as_spelled_in(self._shards)
 
     @cached_property
     def quantization(self) -> HubQuantization | None:
@@ -114,10 +118,14 @@ class CheckpointSource:
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:
         """Every tensor of every shard, checked against the index and against the shapes that the config implies."""
-        entries = read_shards(self.directory)
-        modules = find_modules(entries, self._expected, self.quantization)
-        check_weights(self.directory.name, self.config, entries, self._expected, modules)
-        return entries
+        modules = find_modules(self._shards, self._expected, self.quantization)
+        check_weights(self.directory.name, self.config, self._shards, self._expected, modules)
+        return self._shards
+
+    @cached_property
+    def _shards(self) -> dict[str, TensorEntry]:
+        """Every tensor of every shard, checked against the index alone."""
+        return read_shards(self.directory)
 
     @cached_property
     def _mapped(self) -> MappedTensors:

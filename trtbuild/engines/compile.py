@@ -11,6 +11,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import trtbuild
 from trtbuild.checkpoints.convert import Calibration, convert, default_workers
 from trtbuild.checkpoints.layout import Layout
@@ -20,6 +22,7 @@ from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint, open_rank, rank_file, weights_digest
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.checkpoints.source import COMPANION_FILES, LEGAL_FILES, CheckpointSource
+from trtbuild.engines.calibration.devices import compute_device
 from trtbuild.engines.calibration.text import CalibrationText
 from trtbuild.engines.limits import MAX_CHUNK_SIZE, EngineLimits
 from trtbuild.engines.passport import (
@@ -56,6 +59,7 @@ class Job:
     limits: EngineLimits
     targets: tuple[str, ...]
     mixture: dict[str, Any] | None = None
+    device: torch.device | None = None
 
     @classmethod
     def resolve(
@@ -64,13 +68,16 @@ class Job:
         *,
         weights: bool | None = None,
         sources: Path | None = None,
+        device: str | None = None,
         progress: ProgressFactory = no_progress,
     ) -> Job:
         """Raises Refused with what cannot be done, before any expensive byte.
 
         `weights` says whether the checkpoint's weights must be there; by default unless the recipe is `plan_only`.
         `sources` is where a checkpoint in an object store is fetched to; without it only its config can be read.
+        `device` is `--device`, where calibrations compute: auto (None), cpu, cuda or cuda:N.
         """
+        computes = compute_device(device) if device else None
         layout = recipe.layout
         needed = not recipe.plan_only if weights is None else weights
         source = CheckpointSource.open(
@@ -83,7 +90,7 @@ class Job:
         recipe = recipe.model_copy(update={"precision": precision.weights})
         refuse_all("recipe", _problems(recipe, config, precision))
         targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
-        job = cls(recipe, source, layout, precision, _limits(recipe, config), targets)
+        job = cls(recipe, source, layout, precision, _limits(recipe, config), targets, device=computes)
         if recipe.plan_only and any(linear.precision == "int4" for plan in job.plans for linear in plan.linears):
             raise Refused(
                 "--plan-only compiles without weights, but int4 puts them into the plan: TensorRT unpacks int4 inputs "
@@ -122,7 +129,8 @@ class Job:
             return self
         mixture = choose_mixture(
             self.source, self.layout, self.precision, self._calibration_text(), workspace.calibrations,
-            budget=self.recipe.budget, max_loss=self.recipe.max_loss, fp8=self._may_use_fp8, progress=progress,
+            budget=self.recipe.budget, max_loss=self.recipe.max_loss, fp8=self._may_use_fp8, device=self.device,
+            progress=progress,
         )  # fmt: skip
         return replace(self, precision=mixture.precision, mixture=mixture.record)
 
@@ -133,7 +141,9 @@ class Job:
 
     def calibration(self, workspace: Workspace, progress: ProgressFactory) -> Calibration | None:
         """What conversion must know of activations; what was found before for the same weights and text is used."""
-        return calibration_of(self.source, self.plans, self.precision, self._calibration_text, workspace, progress)
+        return calibration_of(
+            self.source, self.plans, self.precision, self._calibration_text, workspace, progress, self.device
+        )
 
     def _calibration_text(self) -> CalibrationText:
         return CalibrationText.open(self.recipe.calib_data)
@@ -163,6 +173,7 @@ def convert_model(
     pool: Pool | None = None,
 ) -> RankCheckpoint:
     """HF checkpoint -> build/NAME, or what is there already for the same request."""
+    job = job.settle(workspace, progress)
     calibration = job.calibration(workspace, progress)
     provenance = {
         "calibration": calibration.identity if calibration else None,
@@ -189,6 +200,7 @@ def compile_engine(
 ) -> CompileReport:
     """HF checkpoint -> build/NAME -> engines/NAME; finished stages are not run again."""
     started = time.monotonic()
+    job = job.settle(workspace, progress)
     final = workspace.engines / job.recipe.engine_name
     checkpoint = None
     if not job.recipe.plan_only:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.convert import ActivationRange, Calibration
@@ -16,9 +18,10 @@ from trtbuild.checkpoints.precision import CALIBRATED, FormatName, LinearForm, P
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.calibration.devices import devices_of
 from trtbuild.engines.calibration.mixture import choose
 from trtbuild.engines.calibration.prepare import prepare_once
-from trtbuild.engines.calibration.ranges import calibrate_once
+from trtbuild.engines.calibration.ranges import calibrate_once, kept_ranges
 from trtbuild.engines.calibration.sensitivity import Sensitivity, measure_once, total
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
 from trtbuild.errors import Refused
@@ -57,28 +60,55 @@ def calibration_of(
     text: Callable[[], CalibrationText],
     workspace: Workspace,
     progress: ProgressFactory,
+    device: torch.device | None = None,
 ) -> Calibration | None:
-    """What conversion needs beside the checkpoint's weights; None where that is nothing."""
+    """What conversion needs beside the checkpoint's weights; None where that is nothing.
+
+    `device` computes what was not found before; by default a GPU where torch has one.
+    """
     if not needs_text(precision):
         if not any(linear.precision == "fp8" for plan in plans for linear in plan.linears):
             return None
         return Calibration({"kept": source.digest}, lambda: activation_ranges(source, plans))
     read = text()
     identity = {"text_sha256": read.digest, "max_sequences": NUM_SEQUENCES, "sequence_length": SEQUENCE_LENGTH}
+    folder = workspace.calibrations
     if precision.weights == "fp8":
-        return Calibration(identity, lambda: calibrate_once(source, read, workspace.calibrations, progress=progress))
-    method = MIXTURE_INT4 if precision.weights == "auto" else precision.weights
+        return Calibration(
+            identity, lambda: calibrate_once(source, read, folder, device=device, progress=progress),
+            devices=lambda: devices_of(kept_ranges(source, read, folder)),
+        )  # fmt: skip
+    method, mixture = precision.weights, None
+    if precision.weights == "auto":
+        method, mixture = MIXTURE_INT4, dict(precision.modules)
+        identity["calibrated_in"] = "its mixture"
 
     def prepare() -> PreparedSource:
-        prepared = prepare_once(source, read, method, workspace.calibrations, progress=progress)
-        return PreparedSource(source, prepared.folder, _int4_sources(plans) if precision.modules else None)
+        return prepared_for(source, read, method, mixture, folder, device, progress)
 
-    return Calibration({**identity, "method": method}, lambda: _routed_tokens(prepare(), plans), prepare)
+    return Calibration(
+        {**identity, "method": method}, lambda: _routed_tokens(prepare(), plans), prepare,
+        lambda: devices_of(prepare().folder),
+    )  # fmt: skip
 
 
-def _int4_sources(plans: Sequence[RankPlan]) -> frozenset[str]:
-    linears = (linear for plan in plans for linear in plan.linears if linear.precision == "int4")
-    return frozenset(piece.source for linear in linears for piece in linear.pieces)
+def prepared_for(
+    source: CheckpointSource,
+    text: CalibrationText,
+    method: str,
+    mixture: Mapping[str, LinearForm] | None,
+    folder: Path,
+    device: torch.device | None = None,
+    progress: ProgressFactory = no_progress,
+) -> PreparedSource:
+    """The int4 layers of a mixture (None: all layers) as `method` quantizes them among the others.
+
+    Where all or none are int4, what was found when costs were measured is what a calibration would find again.
+    """
+    formats = {form.format for form in (mixture or {}).values()}
+    mixed = mixture if "int4" in formats and len(formats) > 1 else None
+    prepared = prepare_once(source, text, method, folder, mixture=mixed, device=device, progress=progress)
+    return replace(prepared, only=frozenset()) if formats and "int4" not in formats else prepared
 
 
 def _routed_tokens(prepared: PreparedSource, plans: Sequence[RankPlan]) -> dict[str, ActivationRange]:
@@ -106,17 +136,18 @@ def choose_mixture(
     budget: int | None,
     max_loss: float | None,
     fp8: bool,
+    device: torch.device | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Mixture:
     """A format for every linear layer: the least loss in `budget` bytes on a rank, or the fewest bytes for `max_loss`.
 
     `max_loss` is a share of perplexity. Raises Refused where they cannot be met.
     """
-    prepared = prepare_once(source, text, MIXTURE_INT4, folder, progress=progress)
+    prepared = prepare_once(source, text, MIXTURE_INT4, folder, device=device, progress=progress)
     readers: dict[FormatName, SourceReader] = {"int4": prepared, "int8": source}
     if fp8:
         readers["fp8-dynamic"] = source
-    sensitivity = measure_once(source, readers, text, folder, progress=progress)
+    sensitivity = measure_once(source, readers, text, folder, device=device, progress=progress)
     formats: tuple[FormatName, ...] = (*readers, asked.dtype)
     max_cost = None if max_loss is None else math.log1p(max_loss)
     chosen: dict[str, FormatName] = {}

@@ -65,8 +65,27 @@ def finish(directory: Path, expected: dict[str, torch.Tensor]) -> None:
     (directory / "expected.json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
-def compressed(out: Path, name: str, family: str, weights: dict | None, preset: str | None, ignore: list[str]) -> None:
-    """llm-compressor, and compressed-tensors' own decompression."""
+# With transformers 5 llm-compressor names the parts of Mixtral's experts otherwise than the hub does.
+HUB_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def hub_name(name: str) -> str:
+    before, dot, after = name.partition(".experts.")
+    for tool, hub in HUB_NAMES.items():
+        after = after.replace(tool, hub)
+    return before + dot + after
+
+
+def compressed(
+    out: Path,
+    name: str,
+    family: str,
+    weights: dict | None,
+    preset: str | None,
+    ignore: list[str],
+    hub_names: bool = False,
+) -> None:
+    """llm-compressor, and compressed-tensors' own decompression; with `hub_names` the tensors are renamed."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from datasets import Dataset
@@ -91,24 +110,25 @@ def compressed(out: Path, name: str, family: str, weights: dict | None, preset: 
     oneshot(model=model, recipe=[QuantizationModifier(ignore=ignore, **scheme)], **needs_data)
     directory = out / name
     model.save_pretrained(str(directory), save_compressed=True)
+    originals = load_file(plain / "model.safetensors")
     shutil.rmtree(plain)
     config = json.loads((directory / "config.json").read_text())
     quantization = QuantizationConfig.model_validate(config["quantization_config"])
     (args,) = quantization.config_groups.values()
     tensors = load_file(directory / "model.safetensors")
-    if family == "Mixtral":
-        # With transformers 5 the tool names the experts' parts otherwise than the hub does.
-        for key in [key for key in tensors if "experts" in key]:
-            new = key.replace("gate_proj", "w1").replace("down_proj", "w2").replace("up_proj", "w3")
-            tensors[new] = tensors.pop(key)
+    if hub_names:
+        tensors = {hub_name(key): tensor for key, tensor in tensors.items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    modules = sorted({key.removesuffix("_scale") for key in tensors if key.endswith("weight_scale")})
+    modules = [key.removesuffix("_scale") for key in sorted(tensors) if key.endswith("weight_scale")]
     compressor = BaseCompressor.get_value_from_registry(quantization.format)
     expected = {}
     for weight in modules:
         prefix = weight.removesuffix("weight")
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         expected[weight] = compressor.decompress(own, args)["weight"].to(torch.bfloat16)
+        # The names mean what they seem to: transformers' own file has the same matrix, unquantized.
+        exact = originals[hub_name(weight)].float()
+        assert (expected[weight].float() - exact).norm() < 0.2 * exact.norm(), weight
     finish(directory, expected)
 
 
@@ -239,7 +259,8 @@ def main() -> None:
     compressed(out, "w4a16-llama", "Llama", int4, None, ["lm_head", "re:.*layers.1.mlp.*"])
     compressed(out, "w4a16-asym-qwen2", "Qwen2", int4 | {"symmetric": False}, None, ["lm_head"])
     compressed(out, "w8a16-llama", "Llama", dict(num_bits=8, type="int", strategy="channel"), None, ["lm_head"])
-    compressed(out, "fp8-mixtral", "Mixtral", None, "FP8", ["lm_head", "re:.*gate$"])
+    compressed(out, "fp8-mixtral", "Mixtral", None, "FP8", ["lm_head", "re:.*gate$"], hub_names=True)
+    compressed(out, "w4a16-mixtral", "Mixtral", int4, None, ["lm_head", "re:.*gate$"])
     compressed(out, "fp8-dynamic-llama", "Llama", None, "FP8_DYNAMIC", ["lm_head"])
     autoawq(out, given.autoawq)
     autogptq(out, given.autogptq, "gptq-actorder-llama", 4, GROUP, sym=True, actorder=True)

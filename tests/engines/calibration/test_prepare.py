@@ -25,6 +25,7 @@ from trtbuild.checkpoints.tokenizer import load_tokenizer
 from trtbuild.engines.calibration import layer_quantizer, layers
 from trtbuild.engines.calibration.layer_quantizer import METHODS, Method
 from trtbuild.engines.calibration.prepare import prepare, prepare_once
+from trtbuild.engines.calibration.smoothing import share_between_heads
 from trtbuild.engines.calibration.text import CalibrationText, calibration_tokens
 from trtbuild.progress import Progress
 
@@ -74,7 +75,9 @@ def test_folded_scales_change_nothing(
     def powers_of_two(*arguments: Any) -> torch.Tensor:
         """What is multiplied and divided by them stays exact in 16 bit."""
         found = search(*arguments)
-        found = arguments[1].clamp(min=1e-6) ** 0.5 if bool((found == 1).all()) else found
+        if bool((found == 1).all()):
+            found = arguments[1].clamp(min=1e-6) ** 0.5
+            found = share_between_heads(found, arguments[5]) if len(arguments) > 5 else found
         searched.append(2.0 ** found.log2().round())
         return searched[-1]
 

@@ -69,7 +69,7 @@ def test_every_layout_uses_what_was_found(
         calibrate_once(source, TEXT, folder, progress=Layers(die_after=1))
     first = calibrate_once(source, TEXT, folder, progress=Layers())
     [directory] = folder.glob("[!.]*")
-    assert {file.name for file in directory.iterdir()} == {"ranges.json", "request.json"}
+    assert {file.name for file in directory.iterdir()} == {"ranges.json", "record.json", "request.json"}
     monkeypatch.setattr(calibration, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     assert calibrate_once(source, TEXT, folder) == first
     other = CalibrationText("other", TEXT.text + " thee")

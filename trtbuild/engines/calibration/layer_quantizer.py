@@ -9,15 +9,20 @@ import torch
 from trtbuild.checkpoints.precision import int4_group
 from trtbuild.checkpoints.quantization import QuantizedWeight
 from trtbuild.checkpoints.rank_tensors import Linear
-from trtbuild.engines.calibration.int4 import SecondMoments, choose_scales, compensate, round_to_scales
-from trtbuild.engines.calibration.smoothing import RowFold, folds, sample_tokens, search, share_between_heads
+from trtbuild.engines.calibration.inputs import Inputs
+from trtbuild.engines.calibration.int4 import choose_scales, compensate, round_to_scales
+from trtbuild.engines.calibration.smoothing import RowFold, folds, search
 from trtbuild.engines.reference.torch_weights import TorchWeights
 from trtbuild.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Method:
-    """How int4 values are found: with AWQ's scales folded into what comes before, with GPTQ's compensation, or both."""
+    """How int4 values are found, after a search of where to clip.
+
+    smooth: with AWQ's scales, folded into what comes before.
+    compensate: with GPTQ's compensation of the rounding error.
+    """
 
     smooth: bool
     compensate: bool
@@ -47,13 +52,22 @@ class LayerResult:
 class LayerQuantizer:
     """`weight` is called for each linear layer (or expert) in the order of execution, then `result`."""
 
-    def __init__(self, weights: TorchWeights, method: Method, dtype: torch.dtype) -> None:
-        """`weights` hold one decoder layer of the whole model (tp 1) in 16 bit; `dtype` is that type."""
-        self._weights, self._method, self._dtype = weights, method, dtype
+    def __init__(
+        self, weights: TorchWeights, method: Method, dtype: torch.dtype, only: frozenset[str] | None = None
+    ) -> None:
+        """`weights` hold one decoder layer of the whole model (tp 1) in 16 bit; `dtype` is that type.
+
+        `only` are the global names of the linear layers to quantize, where the others stay as `weights` have them.
+        """
+        self._weights, self._method, self._dtype, self._only = weights, method, dtype, only
         self._prefix = "transformer.layers.0."
         plan = weights.plan
-        self._norm_folds, self._row_folds = folds(plan.config, plan.layers[0]) if method.smooth else ([], [])
         self._linears = {linear.name.removeprefix(self._prefix): linear for linear in plan.linears}
+        taken = {name for name, linear in self._linears.items() if self.takes(linear)}
+        norm_folds, row_folds = folds(plan.config, plan.layers[0]) if method.smooth else ([], [])
+        # A scale is folded where every layer that it changes is quantized here.
+        self._norm_folds = [fold for fold in norm_folds if taken.issuperset(fold.linears)]
+        self._row_folds = [fold for fold in row_folds if taken.issuperset((fold.producer, fold.linear))]
         self._found: dict[tuple[str, int | None], QuantizedWeight] = {}
         self._errors: dict[tuple[str, int | None], torch.Tensor] = {}
         # s of each norm, and what rows of a producer are divided by: [out], 1 elsewhere.
@@ -61,33 +75,38 @@ class LayerQuantizer:
         self._row_scales: dict[tuple[str, int | None], torch.Tensor] = {}
         self._tokens_per_expert: tuple[int, ...] = ()
 
+    def takes(self, linear: Linear) -> bool:
+        """Whether this layer is quantized here."""
+        return self._only is None or linear.global_name in self._only
+
     def count_tokens(self, indices: torch.Tensor, num_experts: int) -> None:
         """Record how many tokens the router sends to each expert; indices [tokens, top_k]."""
         self._tokens_per_expert = tuple(torch.bincount(indices.flatten().long(), minlength=num_experts).tolist())
 
-    def prepare(self, name: str, tokens: torch.Tensor) -> None:
+    def prepare(self, name: str, inputs: Inputs) -> None:
         """Choose the scales of a norm by all of its output, before its first reader sees a part of it."""
         if self._method.smooth:
             linear = self._linears[name.removeprefix(self._prefix)]
             group = int4_group(linear.in_features, linear.global_name)
-            self._input_scale(name.removeprefix(self._prefix), None, tokens.float().abs().mean(0), tokens, group)
+            self._input_scale(name.removeprefix(self._prefix), None, inputs, group)
 
-    def weight(self, linear: Linear, expert: int | None, moments: SecondMoments, tokens: torch.Tensor) -> torch.Tensor:
-        """Quantize one matrix for inputs `tokens` [n, in]: what it is worth in the original network, float32 [out, in].
+    def weight(self, linear: Linear, expert: int | None, inputs: Inputs) -> torch.Tensor:
+        """Quantize one matrix for its inputs: what it is worth in the original network, float32 [out, in].
 
         Raises CheckpointError where the inputs are not finite.
         """
         name = linear.name.removeprefix(self._prefix)
         matrix = self._matrix(name, expert).float()
-        second = moments.matrix()
+        second = inputs.moments()
         if not bool(second.diagonal().sum().isfinite()):
             raise CheckpointError(
                 f"calibration: the input of {linear.global_name} is not finite; the checkpoint or its dtype is damaged"
             )
         group = int4_group(linear.in_features, linear.global_name)
-        magnitude = moments.magnitude / max(moments.weight, 1e-12)
-        scale = self._input_scale(name, expert, magnitude, tokens, group)
-        scaled, second = (matrix * scale, second / torch.outer(scale, scale)) if scale is not None else (matrix, second)
+        scale = self._input_scale(name, expert, inputs, group)
+        scaled = matrix if scale is None else matrix * scale
+        if scale is not None:
+            second.div_(scale).div_(scale.unsqueeze(-1))
         steps = choose_scales(scaled, second, group, self._dtype)
         found = compensate(scaled, steps, second) if self._method.compensate else round_to_scales(scaled, steps)
         self._found[name, expert] = found
@@ -101,23 +120,21 @@ class LayerQuantizer:
         weight = self._weights.linears[self._prefix + name].weight
         return weight if expert is None else weight[expert]
 
-    def _input_scale(
-        self, name: str, expert: int | None, magnitude: torch.Tensor, tokens: torch.Tensor, group: int
-    ) -> torch.Tensor | None:
+    def _input_scale(self, name: str, expert: int | None, inputs: Inputs, group: int) -> torch.Tensor | None:
         """s [in] of a layer's input, None where it stays as it is; the same for all layers that read one norm."""
         if not self._method.smooth:
             return None
-        sample = sample_tokens(tokens)
         for fold in self._norm_folds:
             if name in fold.linears:
                 if fold.norm not in self._norm_scales:
-                    found = search(self._readers(fold.linears), magnitude, sample, group, self._dtype)
+                    readers = self._readers(fold.linears)
+                    found = search(readers, inputs.magnitude(), inputs.sample(), group, self._dtype)
                     self._norm_scales[fold.norm] = self._representable(fold.norm, found)
                 return self._norm_scales[fold.norm]
         for fold in self._row_folds:
             if name == fold.linear:
-                shared = share_between_heads(magnitude, fold)
-                found = search([self._matrix(name, expert)], shared, sample, group, self._dtype)
+                matrix, magnitude = self._matrix(name, expert), inputs.magnitude()
+                found = search([matrix], magnitude, inputs.sample(), group, self._dtype, fold)
                 self._divide_rows(fold, expert, found)
                 return found
         return None

@@ -28,22 +28,22 @@ Ops = TypeVar("Ops", bound=TorchOps)
 _LAYER = Segment("decoder", 0, 0, 1)
 
 
-def compute_device() -> torch.device:
-    """A GPU where torch has one: minutes in place of hours for a large model."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def first_hidden(source: CheckpointSource, text: CalibrationText) -> torch.Tensor:
     """Embeddings of the calibration tokens, [sequences, length, H], in the model's 16-bit type."""
     tokens = torch.tensor(calibration_tokens(source, text))
     return source.tensor("embedding")[tokens].to(torch_dtype(SAFETENSORS_16BIT[source.config.dtype]))
 
 
-def layer_weights(source: CheckpointSource, layer: int, dtype: torch.dtype, device: torch.device) -> TorchWeights:
-    """One layer alone: a pipeline with a stage per layer cuts it out, without embedding and head."""
+def layer_weights(
+    source: CheckpointSource, layer: int, dtype: torch.dtype, device: torch.device, precision: Precision | None = None
+) -> TorchWeights:
+    """One layer alone, in 16 bit or in `precision`, as the reference executor multiplies by it.
+
+    A pipeline with a stage per layer cuts it out, without embedding and head.
+    """
     config = source.config
     stage = Layout(pp=config.num_layers).rank(layer)
-    plan = plan_rank(config, stage, Precision(config.dtype, config.dtype)).only_layers()
+    plan = plan_rank(config, stage, precision or Precision(config.dtype, config.dtype)).only_layers()
     [tensors] = fill_from([plan], source)
     return TorchWeights(plan, tensors.__getitem__, dtype, device)
 

@@ -7,6 +7,8 @@ layer's input. A finished layer is on disk; a killed calibration goes on with th
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trtbuild.checkpoints.content import source_digest
-from trtbuild.checkpoints.precision import SAFETENSORS_16BIT
+from trtbuild.checkpoints.precision import FORMATS, SAFETENSORS_16BIT, LinearForm, Precision
 from trtbuild.checkpoints.prepared_source import FACTS, PreparedSource, layer_file
 from trtbuild.checkpoints.quantization import pack_int4
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.calibration.devices import compute_device, note_device
 from trtbuild.engines.calibration.layer_quantizer import METHODS, LayerQuantizer, LayerResult, Method
 from trtbuild.engines.calibration.layers import (
-    compute_device,
     first_hidden,
     layer_ops,
     layer_weights,
@@ -36,7 +38,7 @@ from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import digest_of, staged, write_atomic, write_json
 
 # Raised when the algorithm changes what it gives for the same input.
-_ALGORITHM_VERSION = 1
+_ALGORITHM_VERSION = 2
 _HIDDEN = "hidden.safetensors"
 
 
@@ -46,20 +48,28 @@ def prepare_once(
     precision: str,
     folder: Path,
     *,
+    mixture: Mapping[str, LinearForm] | None = None,
+    device: torch.device | None = None,
     progress: ProgressFactory = no_progress,
 ) -> PreparedSource:
     """`source` quantized by `precision`, or what an earlier call made of the same weights, tokenizer and text.
 
-    Results are kept in `folder`, one directory for each.
+    With `mixture` only its int4 layers are quantized, behind the others in the forms that they will have. Results are
+    kept in `folder`, one directory for each; on which `device` they were found does not matter.
     """
     identity = {
         "algorithm": [precision, _ALGORITHM_VERSION], "source": source.fingerprint(),
         "tokenizer": source.companions_digest, "text": text.digest, "sequences": [NUM_SEQUENCES, SEQUENCE_LENGTH],
     }  # fmt: skip
+    if mixture is not None:
+        identity["mixture"] = {name: form.format for name, form in sorted(mixture.items())}
     final = folder / digest_of(identity)[:32]
     with staged(final, identity) as directory:
         if directory is not None:
-            prepare(source, text, METHODS[precision], directory, origin=precision, progress=progress)
+            prepare(
+                source, text, METHODS[precision], directory,
+                origin=precision, mixture=mixture, device=device, progress=progress,
+            )  # fmt: skip
     return PreparedSource(source, final)
 
 
@@ -71,24 +81,50 @@ def prepare(
     directory: Path,
     *,
     origin: str,
+    mixture: Mapping[str, LinearForm] | None = None,
     device: torch.device | None = None,
     progress: ProgressFactory = no_progress,
 ) -> None:
-    """Quantize every decoder layer into `directory`, going on where an interrupted run stopped."""
+    """Quantize every decoder layer into `directory`, going on where an interrupted run stopped; see `prepare_once`."""
     dtype, device = torch_dtype(SAFETENSORS_16BIT[source.config.dtype]), device or compute_device()
-    with progress("quantizing", source.config.num_layers, "layers") as bar:
+    precision, only = _surroundings(source, mixture)
+    note_device(directory, device)
+    with progress(_title(origin, mixture), source.config.num_layers, "layers") as bar:
         first, hidden = load_hidden(directory / _HIDDEN, lambda layer: (directory / layer_file(layer)).is_file())
         hidden = first_hidden(source, text) if hidden is None else hidden
         hidden = hidden.to(device)
         bar.advance(first)
         for layer in range(first, source.config.num_layers):
-            weights = layer_weights(source, layer, dtype, device)
-            quantizer = LayerQuantizer(weights, method, dtype)
+            weights = layer_weights(source, layer, dtype, device, precision)
+            quantizer = LayerQuantizer(weights, method, dtype, only)
             hidden = run_layer(layer_ops(QuantizingOps, weights, hidden, quantizer=quantizer))
             _save_layer(directory, source, layer, quantizer.result(), origin)
             save_hidden(directory / _HIDDEN, layer + 1, hidden)
             bar.advance()
     _write_facts(directory, source.config.num_layers)
+
+
+def _surroundings(
+    source: CheckpointSource, mixture: Mapping[str, LinearForm] | None
+) -> tuple[Precision, frozenset[str] | None]:
+    """How layers are held while others are quantized (those to quantize in 16 bit), and which are to be: None for all.
+
+    The others compute in the form that the mixture gives them, so that int4 is calibrated on what it will really get.
+    """
+    dtype = source.config.dtype
+    if mixture is None:
+        return Precision(dtype, dtype), None
+    only = frozenset(name for name, form in mixture.items() if form.format == "int4")
+    kept = {name: form for name, form in mixture.items() if name not in only}
+    return Precision(dtype, dtype).with_modules(kept), only
+
+
+def _title(origin: str, mixture: Mapping[str, LinearForm] | None) -> str:
+    if mixture is None:
+        return f"quantizing to {origin}"
+    counts = Counter(form.format for form in mixture.values())
+    parts = ", ".join(f"{counts[form]} {form}" for form in FORMATS if counts[form])
+    return f"quantizing to {origin} again, in the chosen mixture of linear layers ({parts})"
 
 
 def _save_layer(directory: Path, source: CheckpointSource, layer: int, result: LayerResult, origin: str) -> None:

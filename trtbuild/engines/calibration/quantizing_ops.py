@@ -6,21 +6,21 @@ quantized weights: what comes after it is calibrated on what it will really get.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from trtbuild.checkpoints.model_config import MoeConfig
-from trtbuild.checkpoints.rank_tensors import Linear
-from trtbuild.engines.calibration.int4 import SecondMoments
+from trtbuild.engines.calibration.inputs import CHUNK, Inputs
 from trtbuild.engines.calibration.layer_quantizer import LayerQuantizer
 from trtbuild.engines.reference.torch_ops import Ranks, TorchOps
 from trtbuild.engines.reference.torch_weights import TorchLinear
 
-# Tokens of a matrix multiply: its float32 copies stay small.
-_CHUNK = 2048
+# Inputs [n, in] by one matrix, in their type.
+Product = Callable[[torch.Tensor], torch.Tensor]
 # Every expert also sees every so many-th token, however the router decides, at this weight of a routed one.
 UNROUTED_STRIDE = 4
 UNROUTED_WEIGHT = 0.05
@@ -37,7 +37,9 @@ class QuantizingOps(TorchOps):
         if layer.linear is None:
             return super().linear(x, name)
         flat = value.flatten(0, -2)
-        weight = self._quantizer.weight(layer.linear, None, moments_of([(flat, 1.0)]), flat)
+        if not self._quantizer.takes(layer.linear):
+            return [keep_on(layer, None, flat).unflatten(0, value.shape[:-1])]
+        weight = self._quantizer.weight(layer.linear, None, Inputs([(flat, 1.0)]))
         return [multiply(flat, weight).unflatten(0, value.shape[:-1])]
 
     def silu(self, x: Ranks) -> Ranks:
@@ -50,7 +52,7 @@ class QuantizingOps(TorchOps):
     def experts(self, x: Ranks, name: str, scores: Ranks, indices: Ranks, moe: MoeConfig) -> Ranks:
         flat = x[0].flatten(0, 1)
         self._quantizer.count_tokens(indices[0], moe.num_experts)
-        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), flat)
+        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), Inputs([(flat, 1.0)]))
         return super().experts(x, name, scores, indices, moe)
 
     def _rank_experts(
@@ -64,26 +66,29 @@ class QuantizingOps(TorchOps):
             tokens, choice = torch.where(indices == expert)
             share = scores[tokens, choice].unsqueeze(-1)
             routed = flat[tokens]
-            up, down = self._quantize_expert(fc.linear, proj.linear, expert, [(routed, share), (unrouted, None)])
-            total.index_add_(0, tokens, multiply(_gated(multiply(routed, up)), down).float() * share)
+            # A routed token counts by the square of its score, which scales its error.
+            weighted = [(routed, share.squeeze(-1).float().square()), (unrouted, UNROUTED_WEIGHT)]
+            up, down = self._quantize_expert(fc, proj, expert, weighted)
+            total.index_add_(0, tokens, down(_gated(up(routed))).float() * share)
         return total.to(x.dtype).view_as(x)
 
     def _quantize_expert(
-        self, fc: Linear, proj: Linear, expert: int, tokens: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both matrices of an expert; routed tokens count by the square of their score, which scales their error."""
+        self,
+        fc: TorchLinear,
+        proj: TorchLinear,
+        expert: int,
+        tokens: Sequence[tuple[torch.Tensor, torch.Tensor | float]],
+    ) -> tuple[Product, Product]:
+        """Both matrices of an expert, for tokens with weights."""
 
-        def weighted(parts: Sequence[torch.Tensor]) -> SecondMoments:
-            pairs = zip(parts, tokens, strict=True)
-            return moments_of(
-                [(x, UNROUTED_WEIGHT) if share is None else (x.float() * share, 1.0) for x, (_, share) in pairs]
-            )
+        def product(layer: TorchLinear, inputs: Inputs) -> Product:
+            assert layer.linear is not None
+            if not self._quantizer.takes(layer.linear):
+                return partial(keep_on, layer, expert)
+            return partial(multiply, weight=self._quantizer.weight(layer.linear, expert, inputs))
 
-        inputs = [x for x, _ in tokens]
-        up = self._quantizer.weight(fc, expert, weighted(inputs), torch.cat(inputs))
-        products = [_gated(multiply(x, up)) for x in inputs]
-        down = self._quantizer.weight(proj, expert, weighted(products), torch.cat(products))
-        return up, down
+        up = product(fc, Inputs(tokens))
+        return up, product(proj, Inputs([(_gated(up(x)), weight) for x, weight in tokens]))
 
     @property
     def _quantizer(self) -> LayerQuantizer:
@@ -91,21 +96,20 @@ class QuantizingOps(TorchOps):
         return self.quantizer
 
 
-def moments_of(parts: Sequence[tuple[torch.Tensor, float]]) -> SecondMoments:
-    """Second moments of weighted tokens [n, in]."""
-    moments = SecondMoments(parts[0][0].shape[-1], parts[0][0].device)
-    for x, weight in parts:
-        for chunk in x.split(_CHUNK):
-            moments.add(chunk, weight)
-    return moments
-
-
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [n, in] by a float32 weight [out, in], in x's type."""
     y = x.new_empty(len(x), len(weight))
-    for start in range(0, len(x), _CHUNK):
-        y[start : start + _CHUNK] = x[start : start + _CHUNK].float() @ weight.T
+    for start in range(0, len(x), CHUNK):
+        y[start : start + CHUNK] = x[start : start + CHUNK].float() @ weight.T
     return y
+
+
+def keep_on(layer: TorchLinear, expert: int | None, x: torch.Tensor) -> torch.Tensor:
+    """x [n, in] through a layer that is not quantized here, as the engine computes it; in x's type."""
+    if layer.output_scale is None and layer.zero is None and layer.order is None:
+        # The same product as `apply`'s, in float32, which is faster where a CPU has no 16-bit products.
+        return multiply(x, (layer.weight if expert is None else layer.weight[expert]).float())
+    return torch.cat([layer.apply(chunk, expert) for chunk in x.split(CHUNK)])
 
 
 def _gated(up_and_gate: torch.Tensor) -> torch.Tensor:

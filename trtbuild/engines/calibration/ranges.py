@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,8 @@ from trtbuild.checkpoints.convert import ActivationRange, range_from_dict
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.source import CheckpointSource
+from trtbuild.engines.calibration.devices import compute_device, note_device
 from trtbuild.engines.calibration.layers import (
-    compute_device,
     first_hidden,
     layer_ops,
     layer_weights,
@@ -51,6 +52,8 @@ def calibrate(
     found: dict[str, ActivationRange] = {}
     with progress("calibrating", config.num_layers, "layers") as bar:
         saved = _SavedLayers(directory) if directory else None
+        if directory:
+            note_device(directory, device)
         first, hidden = saved.load() if saved else (0, None)
         if hidden is None:
             hidden = first_hidden(source, text)
@@ -88,24 +91,38 @@ class _SavedLayers:
 
 
 def calibrate_once(
-    source: CheckpointSource, text: CalibrationText, folder: Path, *, progress: ProgressFactory = no_progress
+    source: CheckpointSource,
+    text: CalibrationText,
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    progress: ProgressFactory = no_progress,
 ) -> dict[str, ActivationRange]:
-    """`calibrate`, or what it found before for the same weights, tokenizer and text, whatever the layout.
+    """`calibrate`, or what it found before for the same weights, tokenizer and text, whatever layout and device.
 
     Results are kept in `folder`, one small directory for each.
     """
-    identity = {
-        "source": source.fingerprint(), "tokenizer": source.companions_digest, "text": text.digest,
-        "sequences": [NUM_SEQUENCES, SEQUENCE_LENGTH],
-    }  # fmt: skip
-    final = folder / digest_of(identity)[:32]
+    identity = _identity(source, text)
+    final = kept_ranges(source, text, folder)
     with staged(final, identity) as directory:
         if directory is not None:
-            ranges = calibrate(source, text, directory=directory, progress=progress)
+            ranges = calibrate(source, text, directory=directory, device=device, progress=progress)
             write_json(directory / "ranges.json", {name: asdict(found) for name, found in ranges.items()})
             for name in ("hidden.safetensors", "ranges.jsonl"):
                 (directory / name).unlink(missing_ok=True)
     return {name: range_from_dict(found) for name, found in read_json(final / "ranges.json").items()}
+
+
+def _identity(source: CheckpointSource, text: CalibrationText) -> dict[str, Any]:
+    return {
+        "source": source.fingerprint(), "tokenizer": source.companions_digest, "text": text.digest,
+        "sequences": [NUM_SEQUENCES, SEQUENCE_LENGTH],
+    }  # fmt: skip
+
+
+def kept_ranges(source: CheckpointSource, text: CalibrationText, folder: Path) -> Path:
+    """The directory in which `calibrate_once` keeps what it finds."""
+    return folder / digest_of(_identity(source, text))[:32]
 
 
 @torch.inference_mode()

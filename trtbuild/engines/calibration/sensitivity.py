@@ -18,10 +18,12 @@ from torch.nn import functional
 from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import FormatName, Precision
+from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines.calibration.layers import compute_device, layer_ops, layer_weights, run_layer
+from trtbuild.engines.calibration.devices import compute_device, note_device
+from trtbuild.engines.calibration.layers import layer_ops, layer_weights, run_layer
 from trtbuild.engines.calibration.text import CalibrationText, calibration_tokens
 from trtbuild.engines.reference.torch_ops import TorchOps
 from trtbuild.engines.reference.torch_weights import TorchLinear, TorchWeights
@@ -34,7 +36,7 @@ SEQUENCE_LENGTH = 256
 _BATCH = 4
 _LOGIT_ROWS = 128
 # Raised when the same input gives another result.
-_ALGORITHM_VERSION = 1
+_ALGORITHM_VERSION = 2
 _RESULT = "sensitivity.json"
 
 # Cost in nats a token: by global name of the linear layer, by format.
@@ -96,17 +98,24 @@ def measure_once(
     text: CalibrationText,
     folder: Path,
     *,
+    device: torch.device | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Sensitivity:
-    """`measure`, or what it found before for the same weights, tokenizer, text and formats; kept in `folder`."""
+    """`measure`, or what it found before for the same weights, tokenizer, text and formats; kept in `folder`.
+
+    Values that another calibration found are other values: they are told apart by the names of their folders.
+    """
     identity = {
-        "algorithm": ["sensitivity", _ALGORITHM_VERSION], "source": source.fingerprint(), "formats": sorted(readers),
+        "algorithm": ["sensitivity", _ALGORITHM_VERSION], "source": source.fingerprint(),
+        "formats": {name: r.folder.name if isinstance(r, PreparedSource) else None for name, r in readers.items()},
         "tokenizer": source.companions_digest, "text": text.digest, "sequences": [NUM_SEQUENCES, SEQUENCE_LENGTH],
     }  # fmt: skip
     final = folder / digest_of(identity)[:32]
     with staged(final, identity) as directory:
         if directory is not None:
-            write_json(directory / _RESULT, measure(source, readers, text, progress=progress))
+            device = device or compute_device()
+            note_device(directory, device)
+            write_json(directory / _RESULT, measure(source, readers, text, device=device, progress=progress))
     found: Any = read_json(final / _RESULT)
     return found
 
@@ -115,7 +124,8 @@ def _head_gradient(source: CheckpointSource, hidden: torch.Tensor) -> torch.Tens
     """Gradient of -log p of drawn tokens, for hidden [sequences, length, H] before the last norm."""
     norm = source.tensor("final_norm").float().to(hidden.device)
     head = source.tensor("embedding" if source.config.tie_embeddings else "lm_head")
-    generator = torch.Generator(hidden.device).manual_seed(0)
+    # Random numbers of a CPU, whatever the device: the same tokens are drawn everywhere.
+    generator = torch.Generator().manual_seed(0)
     gradients = []
     for part_of_rows in hidden.flatten(0, 1).split(_LOGIT_ROWS):
         rows = part_of_rows.detach().requires_grad_()
@@ -123,7 +133,8 @@ def _head_gradient(source: CheckpointSource, hidden: torch.Tensor) -> torch.Tens
         # In parts of the vocabulary: the whole head in float32 may be as large as a layer.
         logits = torch.cat([normed.detach() @ part.to(hidden.device).float().T for part in head.split(16384)], dim=-1)
         difference = logits.softmax(-1)
-        drawn = torch.multinomial(difference, 1, generator=generator)
+        uniform = torch.rand(len(rows), 1, generator=generator).to(hidden.device)
+        drawn = torch.searchsorted(difference.cumsum(-1), uniform).clamp_(max=len(head) - 1)
         difference.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=difference.dtype))
         back = torch.zeros_like(normed)
         for start in range(0, len(head), 16384):

@@ -16,9 +16,8 @@ from trtbuild.engines.calibration.int4 import largest_scales, round_to_scales
 
 # Exponents that are tried: s = mean|x| ** exponent; 0 leaves the layer alone.
 EXPONENTS = tuple(i / 20 for i in range(21))
-# Rows of the weights, and tokens, that a trial looks at.
+# Rows of the weights that a trial looks at.
 _SAMPLED_ROWS = 512
-_SAMPLED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -81,22 +80,23 @@ def share_between_heads(values: torch.Tensor, fold: RowFold) -> torch.Tensor:
     return by_row.mean(1, keepdim=True).expand_as(by_row).flatten()
 
 
-def sample_tokens(tokens: torch.Tensor) -> torch.Tensor:
-    """Some of tokens [n, in], drawn at random: every k-th would meet the first of each sequence too often.
-
-    These are attention sinks, whose activations are hundreds of times larger than all others.
-    """
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:_SAMPLED_TOKENS]
-    return tokens[drawn.sort().values.to(tokens.device)]
-
-
 def search(
-    weights: Sequence[torch.Tensor], magnitude: torch.Tensor, tokens: torch.Tensor, group: int, dtype: torch.dtype
+    weights: Sequence[torch.Tensor],
+    magnitude: torch.Tensor,
+    tokens: torch.Tensor,
+    group: int,
+    dtype: torch.dtype,
+    fold: RowFold | None = None,
 ) -> torch.Tensor:
-    """The scale s [in] with the least error of rounded `weights` (each [out, in]) on sampled `tokens` [n, in]."""
+    """The scale s [in] with the least error of rounded `weights` (each [out, in]) on sampled `tokens` [n, in].
+
+    `magnitude` [in] is the mean of |x|. With `fold` the columns that come from one row get the same s.
+    """
     rows = torch.cat([weight[:: max(1, len(weight) * len(weights) // _SAMPLED_ROWS)].float() for weight in weights])
-    tokens, base = tokens.float().T, magnitude.clamp(min=float(magnitude.mean()) * 1e-4 + 1e-12)
+    tokens = tokens.float().T
     best, chosen = torch.inf, torch.ones_like(magnitude)
+    magnitude = share_between_heads(magnitude, fold) if fold else magnitude
+    base = magnitude.clamp(min=float(magnitude.mean()) * 1e-4 + 1e-12)
     for exponent in EXPONENTS:
         scale = base**exponent
         scale = scale / (scale.max() * scale.min()).sqrt()
