@@ -48,7 +48,16 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	  || $(BIN)/python -m pip install -q torch==$(TORCH); \
 	fi
 	$(BIN)/python -m pip install -q -e '.[rtx,gpu,test]'
+	[ "$$(uname -m)" != x86_64 ] || $(MAKE) --no-print-directory triton
 	touch $@
+
+# A Triton server for machines without NGC's container: without its dependencies, which want numpy 1 for everybody. Only
+# its Python stub gets one, in an environment of its own.
+.PHONY: triton
+triton:
+	command -v tritonserver || [ -x /opt/tritonserver/bin/tritonserver ] || { \
+	  $(BIN)/python -m pip install -q --no-deps nvidia-pytriton==0.7.0 && \
+	  $(BIN)/python -m venv $(VENV)/triton-stub && $(VENV)/triton-stub/bin/python -m pip install -q 'numpy<2'; }
 
 clean:
 	rm -rf $(VENV) .demo

@@ -10,6 +10,7 @@ import click
 
 from trtbuild import __version__
 from trtbuild.cli_options import (
+    device_option,
     engine_options,
     force_option,
     json_option,
@@ -20,6 +21,7 @@ from trtbuild.cli_options import (
     workers_option,
     workspace_option,
 )
+from trtbuild.cli_serving import package, serve
 from trtbuild.command_group import CommandGroup
 
 
@@ -85,6 +87,7 @@ def plan(model: str, gpu: str | None, num_gpus: int | None, workers: int | None,
 @recipe_options
 @workspace_option
 @workers_option
+@device_option
 @pool_options
 @force_option
 @json_option
@@ -92,6 +95,7 @@ def convert(
     model: str,
     workspace: Path,
     workers: int | None,
+    device: str,
     executor: Literal["local", "ray"],
     ray_address: str | None,
     force: bool,
@@ -106,7 +110,7 @@ def convert(
     from trtbuild.workspace import Workspace
 
     place = Workspace(workspace)
-    job = Job.resolve(_recipe(model, flags), sources=place.sources, progress=terminal_progress)
+    job = Job.resolve(_recipe(model, flags), sources=place.sources, device=device, progress=terminal_progress)
     job = job.settle(place, terminal_progress)
     with open_pool(executor, ray_address, workspace, workers) as pool:
         checkpoint = convert_model(
@@ -121,6 +125,7 @@ def convert(
 @engine_options
 @workspace_option
 @workers_option
+@device_option
 @pool_options
 @force_option
 @click.option("--no-fit-check", is_flag=True, help="Try it though this machine's memory or disk will not do.")
@@ -129,6 +134,7 @@ def compile(
     model: str,
     workspace: Path,
     workers: int | None,
+    device: str,
     executor: Literal["local", "ray"],
     ray_address: str | None,
     force: bool,
@@ -145,7 +151,7 @@ def compile(
     from trtbuild.workspace import Workspace
 
     place = Workspace(workspace)
-    job = Job.resolve(_recipe(model, flags), sources=place.sources, progress=terminal_progress)
+    job = Job.resolve(_recipe(model, flags), sources=place.sources, device=device, progress=terminal_progress)
     job = job.settle(place, terminal_progress)
     with open_pool(executor, ray_address, workspace, workers) as pool:
         report, memory = compile_watched(
@@ -232,6 +238,7 @@ def upload(name: str, url: str, workspace: Path, as_json: bool) -> None:
     help="tensorrt needs a GPU that the engine was compiled for.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--url", metavar="HOST:PORT", help="Ask the model NAME of a running Triton, at its gRPC port, instead.")
 @workspace_option
 @json_option
 def generate(
@@ -241,6 +248,7 @@ def generate(
     dtype: str | None,
     executor: str,
     threads: int | None,
+    url: str | None,
     workspace: Path,
     as_json: bool,
     **sampling: Any,
@@ -253,7 +261,13 @@ def generate(
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs is printed with --json only")
-    engine, params = Workspace(workspace).engine(name), SamplingParams(**sampling)
+    params = SamplingParams(**sampling)
+    if url is not None:
+        from trtbuild.triton_repo.generate_remote import generate_remote
+
+        generate_remote(url, name, prompt, params, chat=chat, as_json=as_json)
+        return
+    engine = Workspace(workspace).engine(name)
     run(
         engine, prompt, params, chat=chat, dtype=dtype, executor=executor, threads=threads, as_json=as_json,
         progress=terminal_progress,
@@ -285,6 +299,9 @@ def verify(name: str, html: Path | None, workspace: Path, as_json: bool, **given
         write_report(html, passport.data)
     check_passed(passport)
 
+
+main.add_command(package)
+main.add_command(serve)
 
 if __name__ == "__main__":
     main()

@@ -82,6 +82,15 @@ def engine_options(command: F) -> F:
 workers_option = click.option("--workers", type=click.IntRange(min=1), help="Parallel work.  [default: the cores]")
 
 
+device_option = click.option(
+    "--device",
+    metavar="DEVICE",
+    default="auto",
+    show_default=True,
+    help="Where calibrations compute: cpu, cuda or cuda:N; auto takes a GPU where torch has one.",
+)
+
+
 def pool_options(command: F) -> F:
     executor = click.option(
         "--executor",

@@ -43,6 +43,14 @@ class Refused(TrtBuildError):
     exit_code = 3
 
 
+class Unavailable(TrtBuildError):
+    """Not now: the queue is full, or the worker is stopping or restarting. The same request can be sent again later."""
+
+
+class DeadlineExceeded(TrtBuildError):
+    """The time that the caller gave a request is over; what it had produced is lost."""
+
+
 class CheckFailed(TrtBuildError):
     """The result exists, but a check of it failed: a plan's precision, an accuracy gate."""
 

@@ -6,6 +6,7 @@ command left there is continued by the next one, if it was made for the same req
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Recipes, READMEs and container files live in the stage folders too.
 _EDITED_FILES = (".toml", ".md", ".yaml", "dockerfile")
 REQUEST_FILE = "request.json"
+# linux/fs.h, linux/fcntl.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Workspace:
     @property
     def engines(self) -> Path:
         return self.root / "engines"
+
+    @property
+    def models(self) -> Path:
+        """The Triton model repository."""
+        return self.root / "triton_repo" / "models"
 
     def engine_names(self) -> list[str]:
         return sorted(file.parent.name for file in self.engines.glob("*/engine.json"))
@@ -124,7 +132,7 @@ def staged(final: Path, request: dict[str, Any], *, force: bool = False) -> Iter
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     digest = digest_of(request)
-    with _locked(final.with_name(f".{final.name}.lock"), final):
+    with locked(final.with_name(f".{final.name}.lock"), final):
         if final.exists():
             if not (final / REQUEST_FILE).is_file():
                 raise Refused(f"{final} is there and was not made by trtbuild; choose another --name")
@@ -154,7 +162,8 @@ def _check_same_request(final: Path, digest: str, request: dict[str, Any]) -> No
 
 
 @contextmanager
-def _locked(lock: Path, final: Path) -> Iterator[None]:
+def locked(lock: Path, final: Path) -> Iterator[None]:
+    """Hold `lock` while `final` is written; `Refused` where another process does."""
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,13 +179,32 @@ def _publish(partial: Path, final: Path) -> None:
         left_by_kills.unlink()
     for path in (*partial.rglob("*"), partial):
         sync(path)
-    old = final.with_name(f".{final.name}.old")
+    replace_directory(partial, final, final.with_name(f".{final.name}.old"))
+
+
+def replace_directory(new: Path, final: Path, old: Path) -> None:
+    """Put the directory `new` under the name `final`; what was there is removed by way of the name `old`.
+
+    One step (Linux's renameat2) where the file system has it, so that a reader sees the one or the other; two renames
+    elsewhere. All on one file system.
+    """
     shutil.rmtree(old, ignore_errors=True)  # A kill in the lines below leaves one.
-    if final.exists():
-        final.replace(old)
-    partial.replace(final)
+    if final.exists() and _exchange(new, final):
+        new.replace(old)
+    else:
+        if final.exists():
+            final.replace(old)
+        new.replace(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; False where this system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def sync(path: Path) -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_without_plans import no_plans
 from safetensors.torch import load_file, save_file
 
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, rank_file
-from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.compile import Job, compile_engine
 from trtbuild.engines.passport import PASSPORT, Passport, file_digests
 from trtbuild.engines.recipe import Recipe
-from trtbuild.engines.tensorrt.bindings import Binding
-from trtbuild.engines.tensorrt.plan_record import PlanRecord, ServedSegment
-from trtbuild.engines.tensorrt.plan_tasks import BuildOptions
 from trtbuild.workspace import Workspace
 
 SMALL: dict[str, Any] = {"target": ("sm89",), "max_batch_size": 3, "max_seq_len": 128, "chunk_size": 64}
@@ -33,19 +30,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 COMPILED = "qwen2-bf16"
 Ranks = list[dict[str, torch.Tensor]]
 Break = Callable[[Ranks, dict[str, Any]], None]
-
-
-def no_plans(plans: Sequence[RankPlan], options: BuildOptions, *_: Any, **__: Any) -> list[PlanRecord]:
-    """What an engine's passport says of its KV caches, and no plan."""
-    caches = [
-        Binding(f"{name}.{layer}", "cache", "bfloat16", ("B", heads, options.limits.cache_capacity, width))
-        for layer in plans[0].layers
-        for name, (heads, width) in plans[0].cache_shapes().items()
-    ]
-    serves = tuple(ServedSegment(rank, 1) for rank in range(len(plans)))
-    nothing: dict[str, Any] = {"moe_form": None, "embedded": False, "targets": (), "size": 0, "scratch_bytes": 0}
-    nothing |= {"weight_bytes": 0, "build_seconds": 0.0, "digest": "", "verification": {}}
-    return [PlanRecord("none", "none.plan", "decoder", "decode", serves, bindings=tuple(caches), **nothing)]
 
 
 @pytest.fixture(scope="session")

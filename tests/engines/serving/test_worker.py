@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,10 +21,10 @@ from transformers import AutoTokenizer
 
 from trtbuild.engines.serving.client import WorkerClient
 from trtbuild.engines.serving.detokenizer import decoder_of
-from trtbuild.engines.serving.launch import WorkerProcess, start_worker
+from trtbuild.engines.serving.launch import WorkerProcess, await_ready, start_worker, worker_command
 from trtbuild.engines.serving.request import Request, RequestOutput, SamplingParams
 from trtbuild.engines.serving.scheduler import Scheduler
-from trtbuild.errors import Refused, TrtBuildError
+from trtbuild.errors import DeadlineExceeded, Refused, TrtBuildError, Unavailable
 
 LOADER = "fake_executor:load_fake"
 LONG = SamplingParams(max_tokens=300, ignore_eos=True)
@@ -71,8 +72,10 @@ def wait_for(client: WorkerClient, **gauges: int) -> dict[str, Any]:
         time.sleep(0.01)
 
 
-def test_hello_says_what_serves(client: WorkerClient) -> None:
+def test_hello_says_what_serves(worker: WorkerProcess, client: WorkerClient) -> None:
     assert client.hello == {
+        "pid": worker.process.pid,
+        "max_queue": None,
         "type": "hello",
         "protocol": 1,
         "engine": "fake",
@@ -190,6 +193,11 @@ def test_bad_requests_are_refused_and_the_next_is_served(client: WorkerClient, p
         (b'{"op":"generate","id":"1","token_ids":[true]}', "whole numbers"),
         (b'{"op":"generate","id":"1","token_ids":"abc"}', "whole numbers"),
         (b'{"op":"generate","id":"1","messages":"hi"}', "non-empty list"),
+        (b'{"op":"generate","id":"1","prompt":"a","request_id":5}', "request_id must be a string of at most 200"),
+        (b'{"op":"generate","id":"1","prompt":"a","tools":[]}', "tools are given to the chat template"),
+        (b'{"op":"generate","id":"1","messages":[{"role":"user","content":"a"}],"tools":[1]}', "list of objects"),
+        (b'{"op":"generate","id":"1","prompt":"a","params":{"guide_type":"regex","guide":"("}}', "unclosed group"),
+        (b'{"op":"generate","id":"1","prompt":"a","params":{"deadline_s":0}}', "deadline_s 0"),
         (b"[" * 100_000, "JSON"),
         (b"\xff\xfe{}", "one line of JSON"),
     ],
@@ -201,7 +209,8 @@ def test_broken_messages_get_an_error_each(worker: WorkerProcess, line: bytes, w
         lines = raw.makefile("rb")
         assert json.loads(lines.readline())["type"] == "hello"
         raw.sendall(line + b"\n" + b'{"op":"stats","id":"next"}\n')
-        error, after = json.loads(lines.readline()), json.loads(lines.readline())
+        # Operations run at once: either may be answered first.
+        error, after = sorted((json.loads(lines.readline()) for _ in range(2)), key=lambda m: m["type"])
         assert (error["type"], error["kind"]) == ("error", "refused") and why in error["message"]
         assert (after["type"], after["id"]) == ("stats", "next")
 
@@ -343,6 +352,146 @@ def test_client_needs_no_torch() -> None:
         "import sys, trtbuild.engines.serving.launch; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_guides_bad_words_and_token_texts_cross_the_wire(client: WorkerClient) -> None:
+    pattern = "[a-f]{3}-[0-9]{2}"
+    params = SamplingParams(temperature=1.0, seed=1, guide_type="regex", guide=pattern, bad=("a",), logprobs=2)
+    found = client.generate("To be", params).result()
+    assert re.fullmatch(pattern, found.text) and "a" not in found.text and found.finish_reason == "stop"
+    assert "".join(text or "" for text in found.token_texts) == found.text
+    assert all(len(texts) == 2 for texts in found.top_texts)
+
+
+def test_a_slow_guide_holds_up_no_other_request_and_can_be_cancelled(client: WorkerClient) -> None:
+    # Compiled in about a second.
+    slow = "start: T0\n" + "".join(f'T{i}: T{i + 1}"x"\n' for i in range(3800)) + 'T3800: "b"'
+    first = client.generate([3], SamplingParams(guide_type="ebnf_grammar", guide=slow, max_tokens=5))
+    client.cancel(first.request_id)
+    assert len(client.generate([3], SamplingParams(max_tokens=2, ignore_eos=True)).result().token_ids) == 2
+    assert first.result().finish_reason == "cancelled"
+    wait_for(client, active=0, waiting=0)
+
+
+def test_deadline_is_a_timeout_for_running_and_waiting(client: WorkerClient) -> None:
+    before = client.stats()["timed_out"]
+    begun = time.monotonic()
+    limited = SamplingParams(max_tokens=300, ignore_eos=True, deadline_s=0.3)
+    streams = [client.generate([5 + i], limited) for i in range(6)]
+    for stream in streams:
+        with pytest.raises(DeadlineExceeded, match=r"deadline of 0\.3 s has passed"):
+            list(stream)
+    assert 0.3 <= time.monotonic() - begun < 1.5
+    wait_for(client, timed_out=before + 6, slots_used=0)
+
+
+def test_full_queue_is_unavailable_and_order_is_first_in_first_out() -> None:
+    with start(slots=1, max_queue=3) as worker:
+        clients = [worker.connect() for _ in range(5)]
+        try:
+            assert clients[0].hello["max_queue"] == 3
+            few = SamplingParams(max_tokens=4, ignore_eos=True)
+            order: list[int] = []
+            streams = []
+            for i in range(4):
+                streams.append(clients[i].generate([5 + i], few if i else LONG))
+                wait_for(clients[0], active=1, waiting=i)
+            with pytest.raises(Unavailable, match="3 requests wait, at most 3 may"):
+                clients[4].generate([9]).result()
+            clients[0].cancel(streams[0].request_id)
+
+            def read(index: int) -> None:
+                streams[index].result()
+                order.append(index)
+
+            threads = [threading.Thread(target=read, args=(i,)) for i in (3, 2, 1, 0)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(timeout=20)
+            assert order == [0, 1, 2, 3]
+            assert clients[4].stats()["queue_full"] == 1
+            assert clients[4].generate([9], SamplingParams(max_tokens=1, ignore_eos=True)).result().token_ids
+        finally:
+            for connected in clients:
+                connected.close()
+
+
+def start_lingering(path: Path, linger_s: float) -> subprocess.Popen[bytes]:
+    read_fd, write_fd = os.pipe()
+    options = {"loader": LOADER, "threads": 1, "linger-seconds": linger_s, "prepare-guides": True}
+    process = subprocess.Popen(worker_command(Path("fake"), path, write_fd, options), pass_fds=(write_fd,))
+    os.close(write_fd)
+    with os.fdopen(read_fd) as pipe:
+        await_ready(pipe, process, Path("fake"), None, 60)
+    return process
+
+
+def test_lingering_worker_ends_after_its_last_client_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = start_lingering(path, 1.0)
+    try:
+        with WorkerClient(path) as client:
+            time.sleep(1.3)
+            assert process.poll() is None, "a client that is idle keeps it"
+            assert client.stats()["connections"] == 1
+        time.sleep(0.5)
+        with WorkerClient(path) as again:
+            time.sleep(0.8)
+            assert again.generate([3], SamplingParams(max_tokens=1)).result().token_ids
+        left = time.monotonic()
+        assert process.wait(timeout=10) == 0
+        assert time.monotonic() - left > 0.9 and not path.exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_lingering_worker_without_any_client_ends(tmp_path: Path) -> None:
+    process = start_lingering(tmp_path / "s", 0.2)
+    assert process.wait(timeout=10) == 0
+
+
+def test_a_worker_that_ends_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    first = start_lingering(path, 30)
+    path.unlink()
+    second = start_lingering(path, 30)
+    try:
+        first.terminate()
+        assert first.wait(timeout=10) == 0
+        with WorkerClient(path) as client:
+            assert client.hello["pid"] == second.pid
+    finally:
+        second.kill()
+        second.wait()
+
+
+def test_json_log_has_a_line_for_every_request(tmp_path: Path) -> None:
+    with start(log_format="json", max_queue=0, slots=1) as worker, worker.connect() as client:
+        client.generate([3, 4], SamplingParams(max_tokens=3, ignore_eos=True), request_id="caller\n1").result()
+        with client.generate([3], LONG) as stream:
+            next(stream)
+            with pytest.raises(Unavailable):
+                client.generate([3]).result()
+        wait_for(client, cancelled=1)
+        deadline = time.monotonic() + 5
+        while True:
+            lines = [json.loads(line) for line in worker.log_path.read_text().splitlines()]
+            requests = [line for line in lines if line["message"] == "request"]
+            if len(requests) == 3:
+                break
+            assert time.monotonic() < deadline, lines
+            time.sleep(0.05)
+    done = requests[0]
+    assert (done["reason"], done["request_id"], done["prompt_tokens"], done["completion_tokens"]) == (
+        "length",
+        "caller\n1",
+        2,
+        3,
+    )
+    assert done["id"] == "1:1" and 0 < done["ttft_s"] < done["total_s"] < 5
+    assert sorted(line["reason"] for line in requests[1:]) == ["cancelled", "unavailable"]
 
 
 def _processes_of(directory: Path) -> list[int]:

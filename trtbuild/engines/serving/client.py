@@ -11,7 +11,7 @@ import itertools
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from trtbuild.engines.serving.request import RequestOutput, SamplingParams, Toke
 from trtbuild.errors import TrtBuildError
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Deliver = Callable[[dict[str, Any]], None]
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -33,7 +34,9 @@ class TokenStream(Iterator[TokenEvent]):
         self._done = False
 
     def __next__(self) -> TokenEvent:
-        """Raises `Refused` for a bad request and `TrtBuildError` where the worker failed or is gone."""
+        """Raises `Refused` for a bad request, `Unavailable` where the queue is full or the worker stops,
+        `DeadlineExceeded` after `deadline_s`, and `TrtBuildError` where the worker failed or is gone.
+        """
         if self._done:
             raise StopIteration
         message = self._messages.get()
@@ -72,16 +75,23 @@ class TokenStream(Iterator[TokenEvent]):
 class WorkerClient:
     """Connects to the worker at `socket_path`; a context manager.
 
-    `describe_end`, where given, tells how the worker's process ended, for the error messages. Raises `TrtBuildError`
-    where nothing listens there, nothing answers within `timeout_s` seconds, or the protocol is another one.
+    `describe_end`, where given, tells how the worker's process ended, for the error messages; `on_lost` is called, in
+    the reader's thread, once the connection has ended other than by `close`. Raises `TrtBuildError` where nothing
+    listens there, nothing answers within `timeout_s` seconds, or the protocol is another one.
     """
 
     def __init__(
-        self, socket_path: Path, *, describe_end: Callable[[], str] | None = None, timeout_s: float = 10.0
+        self,
+        socket_path: Path,
+        *,
+        describe_end: Callable[[], str] | None = None,
+        on_lost: Callable[[str], None] | None = None,
+        timeout_s: float = 10.0,
     ) -> None:
         self._describe_end = describe_end
+        self._on_lost = on_lost
         self._path = socket_path
-        self._pending: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
+        self._pending: dict[str, Deliver] = {}
         self._lost: dict[str, Any] | None = None
         # Reentrant: a dropped stream may be collected, and cancelled, while this thread holds it.
         self._lock = threading.RLock()
@@ -100,11 +110,39 @@ class WorkerClient:
         self._reader = threading.Thread(target=self._read, name="worker-client", daemon=True)
         self._reader.start()
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> TokenStream:
-        """Submit a prompt now (text, token ids, or chat messages with role and content) and stream its tokens."""
-        message = {"op": "generate", "params": (params or SamplingParams()).to_dict(), **_prompt_field(prompt)}
-        request_id, messages = self._send(message)
-        return TokenStream(self, request_id, messages)
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        request_id: str | None = None,
+    ) -> TokenStream:
+        """Submit a prompt now (text, token ids, or chat messages with role and content) and stream its tokens.
+
+        `tools`: OpenAI's tool objects, for the chat template; only with messages. `request_id`: for the worker's log.
+        """
+        messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        sent = self.submit(prompt, params or SamplingParams(), messages.put, tools=tools, request_id=request_id)
+        return TokenStream(self, sent, messages)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        deliver: Deliver,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Like `generate`, but each message of the wire goes to `deliver`, in the reader's thread; the request's id.
+
+        The last one is a token message with a `finish_reason`, or an error message.
+        """
+        message = {"op": "generate", "params": params.to_dict(), **_prompt_field(prompt)}
+        message |= {} if tools is None else {"tools": list(tools)}
+        message |= {} if request_id is None else {"request_id": request_id}
+        return self._send(message, deliver)
 
     def score(self, prompt: str | Sequence[int]) -> tuple[list[int], list[float | None]]:
         """(token ids, natural-log probability of each given those before it; None for the first)."""
@@ -145,20 +183,21 @@ class WorkerClient:
         self.close()
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        answer = self._send(message)[1].get()
+        messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._send(message, messages.put)
+        answer = messages.get()
         if answer["type"] == "error":
             raise protocol.exception_of(answer)
         return answer
 
-    def _send(self, message: dict[str, Any]) -> tuple[str, queue.SimpleQueue[dict[str, Any]]]:
+    def _send(self, message: dict[str, Any], deliver: Deliver) -> str:
         request_id = str(next(self._ids))
-        messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         with self._lock:
             if self._lost is not None:
                 raise protocol.exception_of(self._lost)
-            self._pending[request_id] = messages
+            self._pending[request_id] = deliver
         self._write({**message, "id": request_id})
-        return request_id, messages
+        return request_id
 
     def _write(self, message: dict[str, Any]) -> None:
         line = protocol.encode(message)
@@ -188,11 +227,11 @@ class WorkerClient:
                     why = message.get("message")
                     continue
                 last = message["type"] != "token" or "finish_reason" in message
-                messages = self._pending.get(message["id"])
+                deliver = self._pending.get(message["id"])
                 if last:
                     self._pending.pop(message["id"], None)
-                if messages is not None:
-                    messages.put(message)
+                if deliver is not None:
+                    deliver(message)
         except OSError as error:
             why = str(error)
         self._lose(why)
@@ -205,8 +244,10 @@ class WorkerClient:
             self._lost = protocol.error_message(
                 None, "failed", f"the connection to the engine worker is lost: {why or 'it closed the connection'}"
             )
-        for messages in waiting:
-            messages.put(self._lost)
+        for deliver in waiting:
+            deliver(self._lost)
+        if self._on_lost is not None and not self._closing:
+            self._on_lost(self._lost["message"])
 
 
 def _prompt_field(prompt: Prompt) -> dict[str, Any]:

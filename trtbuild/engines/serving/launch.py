@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -61,7 +62,7 @@ class WorkerProcess:
             status = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return "it closed the connection but still runs"
-        return f"{_describe_status(status)}{_log_tail(self.log_path)}"
+        return f"{describe_status(status)}{_log_tail(self.log_path)}"
 
 
 def start_worker(
@@ -73,6 +74,8 @@ def start_worker(
     executor: str | None = None,
     loader: str | None = None,
     drain_seconds: float | None = None,
+    max_queue: int | None = None,
+    log_format: str | None = None,
     timeout_s: float = 600.0,
 ) -> WorkerProcess:
     """Start a worker for an engine directory and wait until it serves.
@@ -83,27 +86,17 @@ def start_worker(
     """
     directory = _private_directory()
     read_fd, write_fd = os.pipe()
-    command = [
-        sys.executable,
-        "-m",
-        "trtbuild.engines.serving.worker",
-        str(engine_dir),
-        "--socket",
-        str(directory / "socket"),
-        "--ready-fd",
-        str(write_fd),
-        "--with-parent",
-    ]
     options = {
-        "--slots": slots,
-        "--threads": threads,
-        "--dtype": dtype,
-        "--executor": executor,
-        "--loader": loader,
-        "--drain-seconds": drain_seconds,
+        "slots": slots,
+        "threads": threads,
+        "dtype": dtype,
+        "executor": executor,
+        "loader": loader,
+        "drain-seconds": drain_seconds,
+        "max-queue": max_queue,
+        "log-format": log_format,
     }
-    for flag, value in options.items():
-        command += [] if value is None else [flag, str(value)]
+    command = [*worker_command(engine_dir, directory / "socket", write_fd, options), "--with-parent"]
     process = None
     hello = None
     try:
@@ -115,7 +108,7 @@ def start_worker(
         os.close(write_fd)
         write_fd = -1
         with os.fdopen(read_fd, "r", encoding="utf-8") as pipe:
-            hello = _await_ready(pipe, process, engine_dir, directory / "log", timeout_s)
+            hello = await_ready(pipe, process, engine_dir, directory / "log", timeout_s)
         return WorkerProcess(process, directory, hello)
     finally:
         if write_fd >= 0:
@@ -126,17 +119,28 @@ def start_worker(
             _reap(process, directory, timeout_s=5.0)
 
 
-def _await_ready(
-    pipe: IO[str], process: subprocess.Popen[bytes], engine_dir: Path, log: Path, timeout_s: float
+def worker_command(
+    engine_dir: Path, socket_path: Path, ready_fd: int, options: Mapping[str, object], python: str = sys.executable
+) -> list[str]:
+    """The command line of a worker; `options`: its flags without dashes, of which None is left out."""
+    command = [python, "-m", "trtbuild.engines.serving.worker", str(engine_dir)]
+    command += ["--socket", str(socket_path), "--ready-fd", str(ready_fd)]
+    for flag, value in options.items():
+        command += [] if value is None else [f"--{flag}", str(value)]
+    return command
+
+
+def await_ready(
+    pipe: IO[str], process: subprocess.Popen[bytes], engine_dir: Path, log: Path | None, timeout_s: float
 ) -> dict[str, Any]:
-    """The worker's hello, or the error that says why there is none."""
+    """The worker's hello, read from its ready pipe; raises the error that says why there is none."""
     if not select.select([pipe], [], [], timeout_s)[0]:
         raise TrtBuildError(f"the engine worker for {engine_dir} was not ready after {timeout_s:g} s{_log_tail(log)}")
     line = pipe.readline()
     if not line:
         status = process.wait()
         raise TrtBuildError(
-            f"the engine worker for {engine_dir} died while loading: {_describe_status(status)}{_log_tail(log)}"
+            f"the engine worker for {engine_dir} died while loading: {describe_status(status)}{_log_tail(log)}"
         )
     message = json.loads(line)
     if message["type"] == "error":
@@ -170,15 +174,17 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="trtbuild-", dir="/tmp"))
 
 
-def _describe_status(status: int) -> str:
+def describe_status(status: int) -> str:
     if status < 0:
         hint = ", often the system out of memory" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{hint}"
     return f"exit status {status}"
 
 
-def _log_tail(path: Path) -> str:
-    """The last lines of the worker's log, indented, for an error message."""
+def _log_tail(path: Path | None) -> str:
+    """The last lines of the worker's log, indented, for an error message; None: it logs elsewhere."""
+    if path is None:
+        return ""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     except OSError:

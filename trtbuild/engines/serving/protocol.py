@@ -6,7 +6,7 @@ option is never ignored; PROTOCOL_VERSION changes when an old peer would misread
 
 client -> worker                                                   worker -> client
 {"op": "generate", "id", "prompt" | "token_ids" | "messages",      {"type": "token", "id", ...} per token; the last has
- "params": {...}}                                                  "finish_reason" and "usage"
+ "params": {...}, "tools": [...], "request_id"}                    "finish_reason" and "usage"
 {"op": "score", "id", "prompt" | "token_ids"}                      {"type": "score", "id", "token_ids", "logprobs"}
 {"op": "cancel", "id"}                                             the generation's last token message, no other answer
 {"op": "stats", "id"}                                              {"type": "stats", "id", "stats": {...}}
@@ -21,18 +21,25 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from trtbuild.engines.serving.request import TokenEvent, Usage
-from trtbuild.errors import Refused, TrtBuildError
+from trtbuild.errors import DeadlineExceeded, Refused, TrtBuildError, Unavailable
 
 PROTOCOL_VERSION = 1
 # One line; a longer message is refused and its connection closed.
 MAX_MESSAGE_BYTES = 32 * 2**20
 
-# error kinds: "refused": this request can never run; "unavailable": retry later or elsewhere; "failed": the worker's.
-_EXCEPTION_OF_KIND: dict[str, type[TrtBuildError]] = {"refused": Refused}
+MAX_ID_CHARACTERS = 200
+
+# error kinds: "refused": this request can never run; "unavailable": retry later or elsewhere; "timeout": the request's
+# own deadline has passed; "failed": the worker's fault.
+_EXCEPTION_OF_KIND: dict[str, type[TrtBuildError]] = {
+    "refused": Refused,
+    "unavailable": Unavailable,
+    "timeout": DeadlineExceeded,
+}
 
 _PROMPT_FIELDS = ("prompt", "token_ids", "messages")
 _FIELDS_OF_OP: dict[str, tuple[str, ...]] = {
-    "generate": ("op", "id", "params", *_PROMPT_FIELDS),
+    "generate": ("op", "id", "params", "tools", "request_id", *_PROMPT_FIELDS),
     "score": ("op", "id", "prompt", "token_ids"),
     "cancel": ("op", "id"),
     "stats": ("op", "id"),
@@ -62,8 +69,8 @@ def check_operation(message: dict[str, Any]) -> str:
     if not isinstance(op, str) or op not in _FIELDS_OF_OP:
         raise Refused(f"op {op!r}: must be one of {', '.join(_FIELDS_OF_OP)}")
     request_id = message.get("id")
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= 200:
-        raise Refused(f"op {op}: id must be a string of 1 to 200 characters")
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARACTERS:
+        raise Refused(f"op {op}: id must be a string of 1 to {MAX_ID_CHARACTERS} characters")
     unknown = sorted(set(message) - set(_FIELDS_OF_OP[op]))
     if unknown:
         raise Refused(f"op {op}: unknown field {', '.join(unknown)}; known: {', '.join(_FIELDS_OF_OP[op])}")
@@ -72,6 +79,11 @@ def check_operation(message: dict[str, Any]) -> str:
         raise Refused(
             f"op {op}: exactly one of {', '.join(_PROMPT_FIELDS)} is needed, got {', '.join(prompts) or 'none'}"
         )
+    caller_id = message.get("request_id", "")
+    if not isinstance(caller_id, str) or len(caller_id) > MAX_ID_CHARACTERS:
+        raise Refused(f"op {op}: request_id must be a string of at most {MAX_ID_CHARACTERS} characters")
+    if "tools" in message and "messages" not in message:
+        raise Refused(f"op {op}: tools are given to the chat template, so they need messages")
     return op
 
 
@@ -92,11 +104,18 @@ def event_of(message: dict[str, Any]) -> TokenEvent:
         values["usage"] = Usage(**values["usage"])
     if "top_logprobs" in values:
         values["top_logprobs"] = tuple((token, logprob) for token, logprob in values["top_logprobs"])
+    if "top_texts" in values:
+        values["top_texts"] = tuple(values["top_texts"])
     return TokenEvent(request_id=message["id"], **values)
 
 
 def error_message(client_id: str | None, kind: str, message: str) -> dict[str, Any]:
     return {"type": "error", "id": client_id, "kind": kind, "message": message}
+
+
+def kind_of(error: TrtBuildError) -> str:
+    """The kind that makes a client raise the same exception."""
+    return next((kind for kind, made in _EXCEPTION_OF_KIND.items() if isinstance(error, made)), "failed")
 
 
 def exception_of(message: dict[str, Any]) -> TrtBuildError:

@@ -13,10 +13,15 @@ from typing import Any, Literal
 
 from trtbuild.errors import refuse_all
 
-FinishReason = Literal["length", "stop", "cancelled", "error"]
+FinishReason = Literal["length", "stop", "cancelled", "timeout", "error"]
+GUIDE_TYPES = ("json", "json_schema", "regex", "ebnf_grammar")
+"""TensorRT-LLM's names; "json" is any JSON object, "ebnf_grammar" is in llguidance's dialect of Lark."""
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
+MAX_BAD_SEQUENCES = 256
+MAX_BAD_CHARACTERS = 4096
+MAX_GUIDE_CHARACTERS = 2**16
 # Below this a temperature is greedy: the division would overflow float32 (vLLM has the same threshold).
 GREEDY_BELOW = 1e-5
 
@@ -50,21 +55,49 @@ class SamplingParams:
     """Do not stop at the model's end tokens; `stop` and `stop_token_ids` still hold."""
     logprobs: int | None = None
     """None: none; n: the chosen token's log-probability and those of the n likeliest."""
+    bad: tuple[str, ...] = ()
+    """Strings that the answer never contains, however they are cut into tokens (`serving.bad_words`)."""
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the answer never contains."""
+    guide_type: str | None = None
+    """What the answer must match (`serving.guided`): one of GUIDE_TYPES, or None. Not with min_tokens or ignore_eos."""
+    guide: str | None = None
+    """The schema, pattern or grammar; None for "json"."""
+    deadline_s: float | None = None
+    """Seconds from submission after which the request ends with a timeout; None: no limit."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "bad"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        for name in ("stop", "stop_token_ids", "bad", "bad_token_ids"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.bad_token_ids, tuple):
+            ids = tuple(tuple(s) if isinstance(s, list) else s for s in self.bad_token_ids)
+            object.__setattr__(self, "bad_token_ids", ids)
         problems = [
             f"{name} {getattr(self, name)!r}: {allowed}"
             for name, (check, allowed) in _FIELD_CHECKS.items()
             if not check(getattr(self, name))
         ]
-        if not problems and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        refuse_all("sampling parameters", problems or self._contradictions())
+
+    def _contradictions(self) -> list[str]:
+        problems = []
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             problems.append(f"min_tokens {self.min_tokens}: exceeds max_tokens {self.max_tokens}")
-        refuse_all("sampling parameters", problems)
+        if (self.guide is not None) != (self.guide_type not in (None, "json")):
+            problems.append(
+                f"guide_type {self.guide_type}: "
+                + ("json_schema, regex and ebnf_grammar need a guide" if self.guide is None else "it takes no guide")
+            )
+        if (count := sum(map(len, self.bad))) > MAX_BAD_CHARACTERS:
+            problems.append(f"bad: {count} characters in all, at most {MAX_BAD_CHARACTERS} are accepted")
+        if self.guide_type is not None and (self.min_tokens or self.ignore_eos):
+            name = "min_tokens" if self.min_tokens else "ignore_eos"
+            problems.append(f"{name} with guide_type {self.guide_type}: the guide says where the answer ends")
+        return problems
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -86,12 +119,21 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def constrained(self) -> bool:
+        return bool(self.bad or self.bad_token_ids) or self.guide_type is not None
+
+    @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_text(value: object, low: int, high: int) -> bool:
+    """Lone surrogates are no text: they have no UTF-8."""
+    return isinstance(value, str) and low <= len(value) <= high and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _is_number(value: object, accept: Callable[[float], bool]) -> bool:
@@ -124,6 +166,23 @@ _FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_tokens": (lambda v: _is_int(v, 0, _INT32), "must be a whole number of at least 0"),
     "ignore_eos": (lambda v: isinstance(v, bool), "must be true or false"),
     "logprobs": (lambda v: v is None or _is_int(v, 0, MAX_LOGPROBS), f"must be from 0 to {MAX_LOGPROBS}, or None"),
+    "bad": (
+        lambda v: _are_all(v, lambda s: _is_text(s, 1, 1024), MAX_BAD_SEQUENCES),
+        f"must be at most {MAX_BAD_SEQUENCES} strings of 1 to 1024 characters",
+    ),
+    "bad_token_ids": (
+        lambda v: _are_all(v, lambda s: _are_all(s, lambda i: _is_int(i, 0, _INT32), 1024) and s, MAX_BAD_SEQUENCES),
+        f"must be at most {MAX_BAD_SEQUENCES} sequences of 1 to 1024 whole numbers of at least 0",
+    ),
+    "guide_type": (lambda v: v is None or v in GUIDE_TYPES, f"must be one of {', '.join(GUIDE_TYPES)}, or None"),
+    "guide": (
+        lambda v: v is None or _is_text(v, 1, MAX_GUIDE_CHARACTERS),
+        f"must be text of 1 to {MAX_GUIDE_CHARACTERS} characters, or None",
+    ),
+    "deadline_s": (
+        lambda v: v is None or _is_number(v, lambda x: 0 < x <= 1e9),
+        "must be a number of seconds above 0, or None",
+    ),
 }
 
 
@@ -135,6 +194,24 @@ class Request:
     token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     score_only: bool = False
+    caller_id: str | None = None
+    """What the caller calls it; for logs only."""
+    submitted_at: float | None = None
+    """When it came in, on the scheduler's clock; None: when it is submitted to the scheduler."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """How a worker admits and ends."""
+
+    drain_s: float
+    """How long requests in flight may go on after SIGTERM."""
+    max_queue: int | None = None
+    """Requests that may wait for a slot; None: any number."""
+    linger_s: float | None = None
+    """Exit after this long without a client; None: never."""
+    prepare_guides: bool = False
+    """Read the vocabulary for guides before the first client; else the first guided request holds up all for it."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +242,10 @@ class TokenEvent:
     text: str = ""
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    token_text: str | None = None
+    """With `logprobs`: the text of this token alone, special tokens by name; half a character is U+FFFD."""
+    top_texts: tuple[str, ...] = ()
+    """The same of `top_logprobs`, in its order."""
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
@@ -181,6 +262,8 @@ class RequestOutput:
     text: str = ""
     logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    token_texts: list[str | None] = field(default_factory=list)
+    top_texts: list[tuple[str, ...]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
@@ -193,6 +276,8 @@ class RequestOutput:
             self.token_ids.append(event.token_id)
             self.logprobs.append(event.logprob)
             self.top_logprobs.append(event.top_logprobs)
+            self.token_texts.append(event.token_text)
+            self.top_texts.append(event.top_texts)
         if event.finish_reason is not None:
             self.finish_reason, self.error = event.finish_reason, event.error
             self.prompt_logprobs, self.usage = event.prompt_logprobs, event.usage

@@ -1,6 +1,7 @@
 """Choosing the next token: batched over rows, on the device where the logits are.
 
-The order is that of transformers' `generate`: minimum length, penalties, temperature, top-k, top-p, min-p, draw.
+The order is that of transformers' `generate`: constraints (guide, bad words), minimum length, penalties, temperature,
+top-k, top-p, min-p, draw.
 
 - Repetition penalty (transformers, vLLM): every token of prompt and output has a positive logit divided and a
   negative one multiplied by it, once.
@@ -18,10 +19,12 @@ import hashlib
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from trtbuild.engines.serving.request import SamplingParams
+from trtbuild.errors import TrtBuildError
 
 # JSON has no -inf; vLLM reports the same number.
 LOWEST_LOGPROB = -9999.0
@@ -31,11 +34,29 @@ HEAD = 1024
 
 @dataclass(frozen=True)
 class Sample:
-    """One row's choice. `token_id` is None where the row's logits were NaN or infinite."""
+    """One row's choice. `token_id` is None, and `problem` says why, where none could be made."""
 
     token_id: int | None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    problem: str | None = None
+
+
+class Constraint(Protocol):
+    """What one request's next token may be, given those before it (`serving.guided`, `serving.bad_words`)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is whole and nothing may follow."""
+        ...
+
+    def forbid(self, scores: torch.Tensor) -> None:
+        """Set forbidden tokens of a row [vocab] to -inf. Raises `TrtBuildError` where it cannot tell."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Record that the token became part of the answer."""
+        ...
 
 
 class SamplerState:
@@ -48,8 +69,10 @@ class SamplerState:
         vocab_size: int,
         device: torch.device,
         stop_ids: Collection[int] = (),
+        constraints: Sequence[Constraint] = (),
     ) -> None:
         self.params = params
+        self.constraints = constraints
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.num_output = 0
         self.stop_ids = torch.tensor(sorted(i for i in stop_ids if i < vocab_size), dtype=torch.long, device=device)
@@ -63,9 +86,16 @@ class SamplerState:
     def accept(self, token_id: int) -> None:
         """Record that `token_id` became part of the output."""
         self.num_output += 1
+        for constraint in self.constraints:
+            constraint.accept(token_id)
         if self.seen is not None and self.counts is not None:
             self.seen[token_id] = True
             self.counts[token_id] += 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether a guide is fulfilled and nothing may follow."""
+        return any(constraint.complete for constraint in self.constraints)
 
     @property
     def holds_back_stop(self) -> bool:
@@ -76,7 +106,11 @@ class SamplerState:
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]:
     """One token per row of `logits` [rows, vocab] (float32; left unchanged), row i by `states[i]`."""
     usable = torch.isfinite(logits.amax(dim=-1))
-    adjusted = adjust(logits, states)
+    problems = dict.fromkeys((~usable).nonzero()[:, 0].tolist(), "the engine produced logits that are not finite")
+    constrained = constrain(logits, states, problems)
+    adjusted = adjust(constrained, states)
+    if constrained is not logits:
+        usable &= torch.isfinite(adjusted.amax(dim=-1))
     tokens = adjusted.argmax(dim=-1)
     drawn = [row for row, state in enumerate(states) if not state.params.greedy]
     if drawn:
@@ -92,8 +126,27 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[Sample]
     samples = []
     for row, (token, ok) in enumerate(zip(tokens.tolist(), usable.tolist(), strict=True)):
         chosen, likeliest = logprobs.get(row, (None, ()))
-        samples.append(Sample(token, chosen, likeliest) if ok else Sample(None))
+        problem = problems.get(row, None if ok else "the guide and the bad words together leave no token")
+        samples.append(Sample(token, chosen, likeliest) if problem is None else Sample(None, problem=problem))
     return samples
+
+
+def constrain(logits: torch.Tensor, states: Sequence[SamplerState], problems: dict[int, str]) -> torch.Tensor:
+    """[rows, vocab] with what each row's constraints forbid at -inf; the input itself where no row has any.
+
+    A constraint that cannot tell adds its row to `problems`.
+    """
+    rows = [row for row, state in enumerate(states) if state.constraints]
+    if not rows:
+        return logits
+    constrained = logits.clone()
+    for row in rows:
+        for constraint in states[row].constraints:
+            try:
+                constraint.forbid(constrained[row])
+            except TrtBuildError as error:
+                problems.setdefault(row, error.message)
+    return constrained
 
 
 def adjust(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:

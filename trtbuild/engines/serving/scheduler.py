@@ -12,7 +12,9 @@ Policies:
   older ones left: chunk boundaries, and with them a request's numerics, do not depend on its neighbours.
 - An answer ends at a stop id (which is reported but has no text), a stop string, `max_tokens`, or when prompt and
   output fill `max_seq_len`.
-- A bad request is refused at submission; one whose logits are not finite ends alone, with an error.
+- A bad request is refused at submission, as is any while more than `max_queue` would wait. One whose logits are not
+  finite, or whose guide cannot be followed, ends alone, with an error; one whose deadline has passed before a step,
+  waiting or running, does not take part in it.
 """
 
 from __future__ import annotations
@@ -20,78 +22,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from trtbuild.engines.executor import Executor
+from trtbuild.engines.serving.constraints import Constrainer
 from trtbuild.engines.serving.detokenizer import Decode, TextStream
-from trtbuild.engines.serving.request import FinishReason, Request, RequestOutput, TokenEvent, Usage
-from trtbuild.engines.serving.sampling import Sample, SamplerState, sample, token_logprobs
-from trtbuild.engines.serving.slots import Slot, SlotPool
-from trtbuild.errors import Refused
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """Gauges of this moment, then counters since the start."""
-
-    waiting: int
-    active: int
-    num_slots: int
-    slots_used: int
-    kv_tokens_used: int
-    kv_tokens_total: int
-    steps: int
-    finished: int
-    cancelled: int
-    failed: int
-    refused: int
-    prompt_tokens: int
-    """Of admitted requests, reused ones included."""
-    prefix_reused_tokens: int
-    generated_tokens: int
-
-
-@dataclass
-class _Counters:
-    steps: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    prefix_reused_tokens: int = 0
-    generated_tokens: int = 0
-
-
-@dataclass
-class _Sequence:
-    """A request in flight; `slot` is None while it waits."""
-
-    request: Request
-    prompt: list[int]
-    submitted_at: float
-    slot: Slot | None = None
-    sampler: SamplerState | None = None
-    text: TextStream = field(default_factory=lambda: TextStream(None))
-    stop_ids: frozenset[int] = frozenset()
-    prefilled: int = 0
-    reused: int = 0
-    output: list[int] = field(default_factory=list)
-    prompt_logprobs: list[float | None] = field(default_factory=lambda: [None])
-    admitted_at: float | None = None
-    first_token_at: float | None = None
-
-    @property
-    def prefilling(self) -> bool:
-        return self.prefilled < len(self.prompt)
+from trtbuild.engines.serving.in_flight import InFlight
+from trtbuild.engines.serving.request import FinishReason, Request, RequestOutput, TokenEvent
+from trtbuild.engines.serving.sampling import Constraint, Sample, SamplerState, sample, token_logprobs
+from trtbuild.engines.serving.slots import SlotPool
+from trtbuild.engines.serving.stats import Counters, SchedulerStats
+from trtbuild.engines.serving.vocabulary import Vocabulary
+from trtbuild.errors import Refused, Unavailable
 
 
 class Scheduler:
     """Runs requests over `executor`.
 
-    `decode_text` turns ids into text (None: events carry no text, and stop strings are refused). `chunk_size` caps
-    the prefill tokens of a step, `max_input_len` those of a prompt; `prefix_reuse=False` recomputes every prompt;
-    `clock` gives seconds.
+    `decode_text` turns ids into text (None: events carry no text, and stop strings are refused); `vocabulary` is needed
+    for guides, bad strings and the texts of single tokens. `chunk_size` caps the prefill tokens of a step,
+    `max_input_len` those of a prompt, `max_queue` the requests that wait for a slot beyond those that get one in the
+    next step (None: no limit); `prefix_reuse=False` recomputes every prompt; `clock` gives seconds.
     """
 
     def __init__(
@@ -100,36 +51,57 @@ class Scheduler:
         *,
         eos_token_ids: Iterable[int] = (),
         decode_text: Decode | None = None,
+        vocabulary: Vocabulary | None = None,
         chunk_size: int | None = None,
         max_input_len: int | None = None,
+        max_queue: int | None = None,
         prefix_reuse: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
         self._eos = frozenset(eos_token_ids)
         self._decode_text = decode_text
+        self._vocabulary = vocabulary
+        self._constrainer = Constrainer(vocabulary, executor.vocab_size)
+        self._max_queue = max_queue
         self._chunk_size = min(chunk_size or executor.chunk_size, executor.chunk_size)
         self._max_input_len = min(max_input_len or executor.max_seq_len, executor.max_seq_len - 1)
         self._prefix_reuse = prefix_reuse
         self._clock = clock
         self._pool = SlotPool(executor.num_slots)
-        self._waiting: deque[_Sequence] = deque()
-        self._active: dict[str, _Sequence] = {}
+        self._waiting: deque[InFlight] = deque()
+        self._active: dict[str, InFlight] = {}
         self._events: list[TokenEvent] = []
-        self._counters = _Counters()
+        self._counters = Counters()
+        self._started_at = clock()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
         return bool(self._waiting or self._active or self._events)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises `Refused` where it can never run; nothing of it is kept then."""
-        problem = self._problem_of(request)
-        if problem is not None:
+    def constraints_of(self, request: Request) -> list[Constraint]:
+        """For `submit`; made ahead, from any thread, they do not hold up the streams that run. Raises `Refused`."""
+        return self._constrainer.of(request.params)
+
+    def submit(self, request: Request, constraints: Sequence[Constraint] | None = None) -> None:
+        """Queue a request. Raises `Refused` where it can never run and `Unavailable` where the queue is full; nothing
+        of it is kept then.
+        """
+        try:
+            self._check(request)
+            if constraints is None:
+                constraints = self.constraints_of(request)
+        except Refused:
             self._counters.refused += 1
-            raise Refused(f"request {request.request_id}: {problem}")
-        self._waiting.append(_Sequence(request, list(request.token_ids), self._clock()))
+            raise
+        self._check_queue()
+        submitted_at = self._clock() if request.submitted_at is None else request.submitted_at
+        self._waiting.append(InFlight(request, list(request.token_ids), submitted_at, constraints))
+
+    def close(self) -> None:
+        """End background threads."""
+        self._constrainer.close()
 
     def cancel(self, request_id: str) -> bool:
         """End a request now; its slot is free at once and the next `step` reports it. False: not known (any more)."""
@@ -143,8 +115,9 @@ class Scheduler:
         return True
 
     def step(self) -> list[TokenEvent]:
-        """Admit, prefill, decode once; the events of all requests, each request's in order."""
+        """Expire, admit, prefill, decode once; the events of all requests, each request's in order."""
         self._counters.steps += 1
+        self._expire()
         self._admit()
         self._prefill()
         self._decode()
@@ -171,8 +144,27 @@ class Scheduler:
             slots_used=self._pool.num_used,
             kv_tokens_used=self._pool.num_cached_tokens,
             kv_tokens_total=len(self._pool.slots) * self._executor.max_seq_len,
-            **vars(self._counters),
+            max_queue=self._max_queue,
+            uptime_s=self._clock() - self._started_at,
+            **self._counters.to_dict(),
         )
+
+    def _check(self, request: Request) -> None:
+        problem = self._problem_of(request)
+        if problem is not None:
+            raise Refused(f"request {request.request_id}: {problem}")
+
+    def _check_queue(self) -> None:
+        if self._max_queue is None:
+            return
+        # Those that the next step admits do not wait.
+        waiting = max(0, len(self._waiting) - self._pool.num_free)
+        if len(self._waiting) >= self._pool.num_free and waiting >= self._max_queue:
+            self._counters.queue_full += 1
+            raise Unavailable(
+                f"all {len(self._pool.slots)} slots are in use and {waiting} requests wait, at most {self._max_queue} "
+                "may (--max-queue): try again later"
+            )
 
     def _problem_of(self, request: Request) -> str | None:
         length = len(request.token_ids)
@@ -197,6 +189,18 @@ class Scheduler:
             return "stop strings need a tokenizer, and this engine has none"
         return None
 
+    def _expire(self) -> None:
+        limited = [s for s in (*self._active.values(), *self._waiting) if s.expires_at is not None]
+        if not limited:
+            return
+        now = self._clock()
+        for sequence in limited:
+            if sequence.expires_at is not None and now >= sequence.expires_at:
+                if sequence.held_slot is None:
+                    self._waiting.remove(sequence)
+                error = f"the request's deadline of {sequence.request.params.deadline_s:g} s has passed"
+                self._finish(sequence, "timeout", text=sequence.text.finish()[0], error=error)
+
     def _admit(self) -> None:
         while self._waiting:
             head = self._waiting[0]
@@ -206,12 +210,14 @@ class Scheduler:
             if found is None:
                 return
             self._waiting.popleft()
-            head.slot, head.reused = found
+            head.held_slot, head.reused = found
             head.prefilled, head.admitted_at = head.reused, self._clock()
+            self._counters.histograms.queue_seconds.observe(head.admitted_at - head.submitted_at)
             if not request.score_only:
                 head.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-                head.sampler = SamplerState(
-                    params, head.prompt, self._executor.vocab_size, self._executor.device, head.stop_ids
+                vocab_size, device = self._executor.vocab_size, self._executor.device
+                head.held_sampler = SamplerState(
+                    params, head.prompt, vocab_size, device, head.stop_ids, head.constraints
                 )
                 head.text = TextStream(self._decode_text, params.stop, params.min_tokens)
             self._active[request.request_id] = head
@@ -227,8 +233,8 @@ class Scheduler:
             budget -= size
             self._prefill_chunk(sequence, size)
 
-    def _prefill_chunk(self, sequence: _Sequence, size: int) -> None:
-        slot, start = _slot_of(sequence), sequence.prefilled
+    def _prefill_chunk(self, sequence: InFlight, size: int) -> None:
+        slot, start = sequence.slot, sequence.prefilled
         end = start + size
         chunk = sequence.prompt[start:end]
         score, last = sequence.request.score_only, end == len(sequence.prompt)
@@ -241,37 +247,37 @@ class Scheduler:
             if last:
                 self._finish(sequence, "length")
         elif last and logits is not None:
-            self._take_samples([sequence], sample(logits, [_sampler_of(sequence)]))
+            self._take_samples([sequence], sample(logits, [sequence.sampler]))
 
     def _decode(self) -> None:
-        running = sorted((s for s in self._active.values() if not s.prefilling), key=lambda s: _slot_of(s).index)
+        running = sorted((s for s in self._active.values() if not s.prefilling), key=lambda s: s.slot.index)
         if not running:
             return
-        slots = [_slot_of(s) for s in running]
+        slots = [s.slot for s in running]
         tokens = [s.output[-1] for s in running]
         positions = [len(s.prompt) + len(s.output) - 1 for s in running]
         logits = self._executor.decode([slot.index for slot in slots], tokens, positions)
         for slot, token, position in zip(slots, tokens, positions, strict=True):
             slot.write(position, [token])
-        self._take_samples(running, sample(logits, [_sampler_of(s) for s in running]))
+        self._take_samples(running, sample(logits, [s.sampler for s in running]))
 
-    def _take_samples(self, sequences: Sequence[_Sequence], samples: Sequence[Sample]) -> None:
+    def _take_samples(self, sequences: Sequence[InFlight], samples: Sequence[Sample]) -> None:
         for sequence, chosen in zip(sequences, samples, strict=True):
             if chosen.token_id is None:
-                self._finish(
-                    sequence,
-                    "error",
-                    text=sequence.text.finish()[0],
-                    error="the engine produced logits that are not finite",
-                )
+                self._finish(sequence, "error", text=sequence.text.finish()[0], error=chosen.problem)
             else:
                 self._take_token(sequence, chosen.token_id, chosen)
 
-    def _take_token(self, sequence: _Sequence, token_id: int, chosen: Sample) -> None:
-        if sequence.first_token_at is None:
-            sequence.first_token_at = self._clock()
+    def _take_token(self, sequence: InFlight, token_id: int, chosen: Sample) -> None:
+        now, histograms = self._clock(), self._counters.histograms
+        if sequence.first_token_at is None or sequence.last_token_at is None:
+            sequence.first_token_at = now
+            histograms.ttft_seconds.observe(now - sequence.submitted_at)
+        else:
+            histograms.itl_seconds.observe(now - sequence.last_token_at)
+        sequence.last_token_at = now
         sequence.output.append(token_id)
-        _sampler_of(sequence).accept(token_id)
+        sequence.sampler.accept(token_id)
         self._counters.generated_tokens += 1
         limit = self._executor.max_seq_len - len(sequence.prompt)
         if sequence.request.params.max_tokens is not None:
@@ -281,65 +287,49 @@ class Scheduler:
             reason = "stop"
         else:
             text, stopped = sequence.text.push(token_id)
-            reason = "stop" if stopped else "length" if len(sequence.output) >= limit else None
+            full = len(sequence.output) >= limit
+            reason = "stop" if stopped or sequence.sampler.complete else "length" if full else None
             if stopped:
                 sequence.text = TextStream(None)
         if reason is None:
-            self._events.append(
-                TokenEvent(sequence.request.request_id, token_id, text, chosen.logprob, chosen.top_logprobs)
-            )
+            self._events.append(self._event(sequence, token_id, text, chosen))
             return
         rest, stopped = sequence.text.finish()
-        self._finish(sequence, "stop" if stopped else reason, token_id=token_id, text=text + rest, chosen=chosen)
+        event = self._event(sequence, token_id, text + rest, chosen)
+        self._finish(sequence, "stop" if stopped else reason, event=event, now=now)
+
+    def _event(self, sequence: InFlight, token_id: int, text: str, chosen: Sample) -> TokenEvent:
+        event = TokenEvent(sequence.request.request_id, token_id, text, chosen.logprob, chosen.top_logprobs)
+        if chosen.logprob is None or self._vocabulary is None:
+            return event
+        text_of = self._vocabulary.text_of
+        return replace(event, token_text=text_of(token_id), top_texts=tuple(text_of(i) for i, _ in chosen.top_logprobs))
 
     def _finish(
         self,
-        sequence: _Sequence,
+        sequence: InFlight,
         reason: FinishReason,
         *,
-        token_id: int | None = None,
+        event: TokenEvent | None = None,
         text: str = "",
-        chosen: Sample | None = None,
         error: str | None = None,
+        now: float | None = None,
     ) -> None:
-        """Free the slot and report the end of a request, whether it was waiting or active."""
-        if sequence.slot is not None:
-            self._pool.release(sequence.slot)
+        """Free the slot and report the end of a request, whether it was waiting or active.
+
+        `event`: its last token; without one, `text` is what was held back.
+        """
+        if sequence.held_slot is not None:
+            self._pool.release(sequence.held_slot)
             del self._active[sequence.request.request_id]
-        counted = {"cancelled": "cancelled", "error": "failed"}.get(reason, "finished")
-        setattr(self._counters, counted, getattr(self._counters, counted) + 1)
-        now, start = self._clock(), sequence.submitted_at
-        usage = Usage(
-            prompt_tokens=len(sequence.prompt),
-            completion_tokens=len(sequence.output),
-            reused_tokens=sequence.reused,
-            queue_s=(now if sequence.admitted_at is None else sequence.admitted_at) - start,
-            ttft_s=None if sequence.first_token_at is None else sequence.first_token_at - start,
-            total_s=now - start,
-        )
-        scored = sequence.request.score_only and reason == "length"
-        self._events.append(
-            TokenEvent(
-                sequence.request.request_id,
-                token_id,
-                text,
-                chosen.logprob if chosen else None,
-                chosen.top_logprobs if chosen else (),
-                finish_reason=reason,
-                error=error,
-                usage=usage,
-                prompt_logprobs=tuple(sequence.prompt_logprobs) if scored else None,
-            )
-        )
-
-
-def _slot_of(sequence: _Sequence) -> Slot:
-    if sequence.slot is None:
-        raise AssertionError(f"request {sequence.request.request_id} runs without a slot")
-    return sequence.slot
-
-
-def _sampler_of(sequence: _Sequence) -> SamplerState:
-    if sequence.sampler is None:
-        raise AssertionError(f"request {sequence.request.request_id} is sampled without a sampler")
-    return sequence.sampler
+        usage = sequence.usage(self._clock() if now is None else now)
+        score_only = sequence.request.score_only
+        self._counters.count_end(reason)
+        if reason in ("stop", "length") and not score_only:
+            histograms = self._counters.histograms
+            histograms.e2e_seconds.observe(usage.total_s)
+            histograms.prompt_tokens.observe(usage.prompt_tokens)
+            histograms.completion_tokens.observe(usage.completion_tokens)
+        scored = tuple(sequence.prompt_logprobs) if score_only and reason == "length" else None
+        last = event or TokenEvent(sequence.request.request_id, text=text)
+        self._events.append(replace(last, finish_reason=reason, error=error, usage=usage, prompt_logprobs=scored))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,10 +20,14 @@ from typing import Any
 from trtbuild.engines.serving import protocol
 from trtbuild.engines.serving.detokenizer import decoder_of
 from trtbuild.engines.serving.engine_loop import EngineLoop
-from trtbuild.engines.serving.prompts import prompt_token_ids
-from trtbuild.engines.serving.request import Request, SamplingParams, TokenEvent
-from trtbuild.engines.serving.scheduler import Scheduler, SchedulerStats
-from trtbuild.errors import Refused
+from trtbuild.engines.serving.prompts import PromptLimit, prompt_token_ids
+from trtbuild.engines.serving.request import Request, SamplingParams, ServerLimits, TokenEvent
+from trtbuild.engines.serving.request_log import log_request
+from trtbuild.engines.serving.sampling import Constraint
+from trtbuild.engines.serving.scheduler import Scheduler
+from trtbuild.engines.serving.stats import SchedulerStats
+from trtbuild.engines.serving.vocabulary import Vocabulary
+from trtbuild.errors import Refused, Unavailable
 
 log = logging.getLogger("trtbuild.worker")
 
@@ -31,6 +37,9 @@ MAX_BACKLOG_BYTES = 16 * 2**20
 STOP_GRACE_S = 10.0
 # How long clients get to read their last messages.
 FLUSH_S = 2.0
+# Requests of one client that may be tokenized or have their guides compiled at once; beyond, its socket is not read.
+MAX_PREPARING = 256
+STOPPING = "the engine worker is stopping"
 
 
 class Connection:
@@ -39,6 +48,11 @@ class Connection:
     def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
         self.number = number
         self.requests: dict[str, str] = {}
+        self.preparing: dict[str, asyncio.Task[None]] = {}
+        """Not yet with the scheduler."""
+        self.cancelled: set[str] = set()
+        """Of those, the ones to cancel as soon as they are."""
+        self.room = asyncio.Semaphore(MAX_PREPARING)
         self._writer = writer
 
     def send(self, message: dict[str, Any]) -> None:
@@ -59,22 +73,30 @@ class Connection:
 class WorkerServer:
     """Serves one loaded engine (`trtbuild.engines.load.LoadedEngine`) until told to stop."""
 
-    def __init__(self, engine: Any, drain_s: float) -> None:
-        decode = None if engine.tokenizer is None else decoder_of(engine.tokenizer)
+    def __init__(self, engine: Any, limits: ServerLimits) -> None:
+        tokenizer, vocab_size = engine.tokenizer, engine.executor.vocab_size
+        vocabulary = None if tokenizer is None else Vocabulary(tokenizer, vocab_size, engine.eos_token_ids)
+        if limits.prepare_guides and vocabulary is not None:
+            _prepare_guides(vocabulary)
         self._engine = engine
-        self._drain_s = drain_s
+        self._limits = limits
         self._scheduler = Scheduler(
             engine.executor,
             eos_token_ids=engine.eos_token_ids,
-            decode_text=decode,
+            decode_text=None if tokenizer is None else decoder_of(tokenizer),
+            vocabulary=vocabulary,
             max_input_len=engine.passport.get("limits", {}).get("max_input_len"),
+            max_queue=limits.max_queue,
         )
+        self._prompt_limit = None if tokenizer is None else PromptLimit.of(tokenizer, engine.executor.max_seq_len)
         self._loop = asyncio.get_running_loop()
         self._engine_loop = EngineLoop(self._scheduler, lambda events: self._from_engine(self._deliver, events))
-        self._routes: dict[str, tuple[Connection, str, list[int]]] = {}
+        self._routes: dict[str, tuple[Connection, str, Request]] = {}
         self._connections: set[Connection] = set()
         self._numbers = itertools.count(1)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._constraining = ThreadPoolExecutor(1, "constrain")
+        self._lingering: asyncio.TimerHandle | None = None
         self._stopping = asyncio.Event()
         self._draining = True
         self._idle = asyncio.Event()
@@ -98,6 +120,8 @@ class WorkerServer:
             "eos_token_ids": list(self._engine.eos_token_ids),
             "has_tokenizer": self._engine.tokenizer is not None,
             "has_chat_template": bool(getattr(self._engine.tokenizer, "chat_template", None)),
+            "max_queue": self._limits.max_queue,
+            "pid": os.getpid(),
         }
 
     def stop(self, drain: bool) -> None:
@@ -115,15 +139,24 @@ class WorkerServer:
         engine_done = self._loop.run_in_executor(ThreadPoolExecutor(1, "engine"), self._engine_loop.run)
         server = await asyncio.start_unix_server(self._serve_client, socket_path, limit=protocol.MAX_MESSAGE_BYTES)
         socket_path.chmod(0o600)
+        own = socket_path.stat()
         ready(self.hello())
+        self._linger()
         stopping = asyncio.ensure_future(self._stopping.wait())
         await asyncio.wait({engine_done, stopping}, return_when=asyncio.FIRST_COMPLETED)
         server.close()
+        # Another worker may have taken the path since.
+        if socket_path.exists() and socket_path.stat().st_ino == own.st_ino:
+            socket_path.unlink()
+        preparing = [task for connection in self._connections for task in connection.preparing.values()]
+        if preparing:
+            await asyncio.wait(preparing, timeout=self._limits.drain_s if self._draining else FLUSH_S)
         if not engine_done.done():
             await self._drain(engine_done)
             self._engine_loop.stop()
             await asyncio.wait({engine_done}, timeout=STOP_GRACE_S)
         stopping.cancel()
+        self._scheduler.close()
         await self._close_clients(engine_done)
         if engine_done.done():
             engine_done.result()
@@ -134,7 +167,7 @@ class WorkerServer:
         if self._draining and self._routes:
             log.info("draining %d requests", len(self._routes))
             idle = asyncio.ensure_future(self._idle.wait())
-            await asyncio.wait({idle, engine_done}, timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({idle, engine_done}, timeout=self._limits.drain_s, return_when=asyncio.FIRST_COMPLETED)
             idle.cancel()
         for request_id in list(self._routes):
             self._engine_loop.post(lambda scheduler, request_id=request_id: scheduler.cancel(request_id))
@@ -151,7 +184,8 @@ class WorkerServer:
     async def _close_clients(self, engine_done: asyncio.Future[None]) -> None:
         failure = engine_done.exception() if engine_done.done() else None
         why = "the engine worker stopped" if failure is None else f"the engine worker failed: {failure}"
-        for connection, client_id, _ in self._routes.values():
+        for connection, client_id, request in self._routes.values():
+            log_request(request, "error", None, why)
             connection.send(protocol.error_message(client_id, "failed", why))
         self._routes.clear()
         closing = asyncio.gather(*(c.close() for c in self._connections), return_exceptions=True)
@@ -163,6 +197,7 @@ class WorkerServer:
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(next(self._numbers), writer)
         self._connections.add(connection)
+        self._linger()
         connection.send(self.hello())
         try:
             while line := await reader.readline():
@@ -172,9 +207,24 @@ class WorkerServer:
             connection.send(protocol.error_message(None, "refused", f"connection closed: {error}"))
         finally:
             self._connections.discard(connection)
+            self._linger()
+            for task in connection.preparing.values():
+                task.cancel()
             for request_id in list(connection.requests.values()):
                 self._engine_loop.post(lambda scheduler, request_id=request_id: scheduler.cancel(request_id))
             writer.close()
+
+    def _linger(self) -> None:
+        """Stop once there has been no connection for the time given; called whenever their number changes."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        if self._limits.linger_s is not None and not self._connections:
+            self._lingering = self._loop.call_later(self._limits.linger_s, self._leave)
+
+    def _leave(self) -> None:
+        log.info("no client for %g s: stopping", self._limits.linger_s)
+        self.stop(drain=True)
 
     async def _serve_line(self, connection: Connection, line: bytes) -> None:
         client_id = None
@@ -183,7 +233,14 @@ class WorkerServer:
             client_id = message.get("id") if isinstance(message.get("id"), str) else None
             op = protocol.check_operation(message)
             if op in ("generate", "score"):
-                await self._start(connection, op, message)
+                if message["id"] in connection.requests or message["id"] in connection.preparing:
+                    raise Refused(f"id {client_id!r} is in flight on this connection")
+                if self._stopping.is_set():
+                    raise Unavailable(STOPPING)
+                await connection.room.acquire()
+                connection.preparing[message["id"]] = asyncio.ensure_future(self._start(connection, op, message))
+            elif op == "cancel" and message["id"] in connection.preparing:
+                connection.cancelled.add(message["id"])
             elif op == "cancel" and message["id"] in connection.requests:
                 request_id = connection.requests[message["id"]]
                 self._engine_loop.post(lambda scheduler: scheduler.cancel(request_id))
@@ -194,39 +251,65 @@ class WorkerServer:
             elif op == "shutdown":
                 connection.send({"type": "ok", "id": message["id"]})
                 self.stop(drain=message.get("drain", True) is not False)
-        except Refused as error:
-            connection.send(protocol.error_message(client_id, "refused", error.message))
+        except (Refused, Unavailable) as error:
+            connection.send(protocol.error_message(client_id, protocol.kind_of(error), error.message))
 
     async def _start(self, connection: Connection, op: str, message: dict[str, Any]) -> None:
+        """Tokenize, compile the guide, hand over to the scheduler: a task, so that a slow one holds up no other."""
         client_id = message["id"]
-        if client_id in connection.requests:
-            raise Refused(f"id {client_id!r} is in flight on this connection")
+        try:
+            request, constraints = await self._prepare(connection, op, message)
+            if self._stopping.is_set() and not self._draining:
+                raise Unavailable(STOPPING)
+            connection.requests[client_id] = request.request_id
+            self._routes[request.request_id] = (connection, client_id, request)
+            self._idle.clear()
+            cancelled = client_id in connection.cancelled
+            self._engine_loop.post(lambda scheduler: self._submit(scheduler, request, constraints, cancelled))
+        except (Refused, Unavailable) as error:
+            connection.send(protocol.error_message(client_id, protocol.kind_of(error), error.message))
+        finally:
+            del connection.preparing[client_id]
+            connection.cancelled.discard(client_id)
+            connection.room.release()
+
+    async def _prepare(
+        self, connection: Connection, op: str, message: dict[str, Any]
+    ) -> tuple[Request, list[Constraint]]:
+        received = time.monotonic()
         params = message.get("params", {})
         if not isinstance(params, dict):
             raise Refused(f"params must be an object, not {type(params).__name__}")
         sampling = SamplingParams.from_dict(params)
         token_ids = await self._loop.run_in_executor(
-            self._tokenizing, prompt_token_ids, message, self._engine.tokenizer
+            self._tokenizing, prompt_token_ids, message, self._engine.tokenizer, self._prompt_limit
         )
-        if self._stopping.is_set():
-            connection.send(protocol.error_message(client_id, "unavailable", "the engine worker is stopping"))
-            return
-        request = Request(f"{connection.number}:{client_id}", token_ids, sampling, score_only=op == "score")
-        connection.requests[client_id] = request.request_id
-        self._routes[request.request_id] = (connection, client_id, token_ids)
-        self._idle.clear()
-        self._engine_loop.post(lambda scheduler: self._submit(scheduler, request))
+        request = Request(
+            f"{connection.number}:{message['id']}",
+            token_ids,
+            sampling,
+            score_only=op == "score",
+            caller_id=message.get("request_id"),
+            submitted_at=received,
+        )
+        if not sampling.constrained:
+            return request, []
+        return request, await self._loop.run_in_executor(self._constraining, self._scheduler.constraints_of, request)
 
-    def _submit(self, scheduler: Scheduler, request: Request) -> None:
+    def _submit(self, scheduler: Scheduler, request: Request, constraints: list[Constraint], cancelled: bool) -> None:
         """In the engine thread."""
         try:
-            scheduler.submit(request)
-        except Refused as error:
-            self._from_engine(self._refuse, request.request_id, error.message)
+            scheduler.submit(request, constraints)
+        except (Refused, Unavailable) as error:
+            self._from_engine(self._refuse, request.request_id, error)
+        if cancelled:
+            scheduler.cancel(request.request_id)
 
-    def _refuse(self, request_id: str, why: str) -> None:
-        connection, client_id, _ = self._forget(request_id)
-        connection.send(protocol.error_message(client_id, "refused", why))
+    def _refuse(self, request_id: str, error: Refused | Unavailable) -> None:
+        connection, client_id, request = self._forget(request_id)
+        kind = protocol.kind_of(error)
+        log_request(request, kind, None, error.message)
+        connection.send(protocol.error_message(client_id, kind, error.message))
 
     def _send_stats(self, connection: Connection, client_id: str, stats: SchedulerStats) -> None:
         values = asdict(stats) | {"connections": len(self._connections)}
@@ -236,21 +319,39 @@ class WorkerServer:
         for event in events:
             if event.request_id not in self._routes:
                 continue
-            connection, client_id, token_ids = self._routes[event.request_id]
+            connection, client_id, request = self._routes[event.request_id]
             if event.finish_reason is not None:
                 self._forget(event.request_id)
+                log_request(request, event.finish_reason, event.usage, event.error)
             if event.prompt_logprobs is not None:
                 connection.send(
-                    {"type": "score", "id": client_id, "token_ids": token_ids, "logprobs": event.prompt_logprobs}
+                    {
+                        "type": "score",
+                        "id": client_id,
+                        "token_ids": request.token_ids,
+                        "logprobs": event.prompt_logprobs,
+                    }
                 )
-            elif event.finish_reason == "error":
-                connection.send(protocol.error_message(client_id, "failed", event.error or "the request failed"))
+            elif event.finish_reason in ("error", "timeout"):
+                kind = "timeout" if event.finish_reason == "timeout" else "failed"
+                connection.send(protocol.error_message(client_id, kind, event.error or "the request failed"))
             else:
                 connection.send(protocol.event_message(event, client_id))
 
-    def _forget(self, request_id: str) -> tuple[Connection, str, list[int]]:
+    def _forget(self, request_id: str) -> tuple[Connection, str, Request]:
         route = self._routes.pop(request_id)
         route[0].requests.pop(route[1], None)
         if not self._routes:
             self._idle.set()
         return route
+
+
+def _prepare_guides(vocabulary: Vocabulary) -> None:
+    """llguidance holds the interpreter while it reads a vocabulary: a second of CPU for 150,000 tokens."""
+    start = time.monotonic()
+    try:
+        vocabulary.prepare()
+    except Refused as error:
+        log.info("no guided decoding: %s", error.message)
+    else:
+        log.info("read the vocabulary for guides in %.1f s", time.monotonic() - start)

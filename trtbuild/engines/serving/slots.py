@@ -33,6 +33,10 @@ class SlotPool:
         return sum(slot.owner is not None for slot in self.slots)
 
     @property
+    def num_free(self) -> int:
+        return len(self.slots) - self.num_used
+
+    @property
     def num_cached_tokens(self) -> int:
         """KV positions that running requests hold; those of free slots can go at any moment."""
         return sum(len(slot.tokens) for slot in self.slots if slot.owner is not None)

@@ -1,6 +1,7 @@
 """The engine worker: one process that holds one engine and serves it over a Unix-domain socket.
 
     python -m trtbuild.engines.serving.worker ENGINE_DIR --socket PATH [--slots N] [--threads N] [--executor NAME]
+        [--max-queue N] [--linger-seconds S] [--prepare-guides true] [--log-format json]
 
 `generate`, Triton's model and the benchmarks are clients of it (`serving.client`), so that a model's weights are in
 memory once and a crash of either side is seen, not shared. SIGTERM drains: no new requests, those in flight
@@ -15,7 +16,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from typing import Any
 
 import click
 
+from trtbuild.engines.serving.request import ServerLimits
+from trtbuild.engines.serving.request_log import configure_logging
 from trtbuild.errors import Refused, TrtBuildError
 
 log = logging.getLogger("trtbuild.worker")
@@ -41,6 +43,17 @@ ORPHAN_GRACE_S = 2.0
 @click.option("--dtype", help="Compute type of the reference executor.")
 @click.option("--executor", help="auto, reference or tensorrt.")
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True)
+@click.option("--max-queue", type=click.IntRange(min=0), help="Requests that may wait; 0: none; default: no limit.")
+@click.option(
+    "--linger-seconds", type=click.FloatRange(min=0), help="Exit after this long without a client; default: never."
+)
+@click.option(
+    "--prepare-guides",
+    type=bool,
+    default=False,
+    help="true: read the vocabulary for guides and bad words before serving (seconds), not at the first such request.",
+)
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option("--loader", default=DEFAULT_LOADER, help="MODULE:FUNCTION that loads the engine; for tests and perf.")
 @click.option("--ready-fd", type=int, help="File descriptor that gets one JSON line: hello, or why loading failed.")
 @click.option("--with-parent", is_flag=True, help="Exit when stdin closes, that is, when the parent dies.")
@@ -52,12 +65,16 @@ def main(
     dtype: str | None,
     executor: str | None,
     drain_seconds: float,
+    max_queue: int | None,
+    linger_seconds: float | None,
+    prepare_guides: bool,
+    log_format: str,
     loader: str,
     ready_fd: int | None,
     with_parent: bool,
 ) -> None:
     """Serve ENGINE_DIR on a Unix-domain socket."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging(log_format)
     if with_parent:
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
@@ -65,10 +82,8 @@ def main(
     except TrtBuildError as error:
         _tell(ready_fd, {"type": "error", "message": error.message, "exit_code": error.exit_code})
         raise
-    try:
-        clean = asyncio.run(_serve(engine, socket_path, drain_seconds, ready_fd))
-    finally:
-        socket_path.unlink(missing_ok=True)
+    limits = ServerLimits(drain_seconds, max_queue, linger_seconds, prepare_guides)
+    clean = asyncio.run(_serve(engine, socket_path, limits, ready_fd))
     if not clean:
         log.error("the engine is stuck in a step; exiting without it")
         os._exit(1)
@@ -101,15 +116,20 @@ def _load(
     return engine
 
 
-async def _serve(engine: Any, socket_path: Path, drain_s: float, ready_fd: int | None) -> bool:
+async def _serve(engine: Any, socket_path: Path, limits: ServerLimits, ready_fd: int | None) -> bool:
     """False where the engine thread did not come back from its last step."""
     from trtbuild.engines.serving.server import WorkerServer
 
-    server = WorkerServer(engine, drain_s)
+    server = WorkerServer(engine, limits)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.stop, True)
     loop.add_signal_handler(signal.SIGINT, server.stop, False)
-    return await server.serve(socket_path, lambda hello: _tell(ready_fd, hello))
+    finished = await server.serve(socket_path, lambda hello: _tell(ready_fd, hello))
+    # It ends now; a signal on the way out must not turn that into a failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    return finished
 
 
 def _tell(ready_fd: int | None, message: dict[str, Any]) -> None:

@@ -1,0 +1,184 @@
+"""`trtbuild package`: Triton models of compiled engines, checked by a real Triton before anybody else sees them.
+
+    triton_repo/models/NAME/         config.pbtxt, trtbuild.json, 1/model.py, 1/engine/ (hard links)
+    triton_repo/models/NAME-unary/   config.pbtxt, 1/model.py
+    triton_repo/models/NAME-tokens/  config.pbtxt, 1/model.py
+
+A package is laid out in triton_repo/.staging/NAME, which is a model repository of its own, checked there, and then
+swapped in, one directory and one step at a time; the engine comes first, and the others hold nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trtbuild import __version__
+from trtbuild.engines.passport import Passport, verified_digest
+from trtbuild.errors import refuse_all
+from trtbuild.progress import ProgressFactory, no_progress
+from trtbuild.triton_repo.check import CheckResult, check_package
+from trtbuild.triton_repo.installation import TritonInstallation
+from trtbuild.triton_repo.model_config import WorkerSettings, config_text
+from trtbuild.triton_repo.tensors import TOKENS_SUFFIX, UNARY_SUFFIX, ModelKind, model_name
+from trtbuild.workspace import Workspace, check_name, locked, read_json, replace_directory, sync, write_json
+
+RECORD = "trtbuild.json"
+_FORMAT = 1
+_MODEL_FILE = '''"""Triton loads this file; the model is trtbuild's, which must be installed where Triton runs."""
+
+import os
+import sys
+
+# `trtbuild serve` says where trtbuild is; in a container it is where Triton's Python looks anyway.
+sys.path.extend(filter(None, os.environ.get("TRTBUILD_PYTHONPATH", "").split(os.pathsep)))
+
+from trtbuild.triton_repo.python_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What `package_engine` made; `check` is None where it was skipped, `warning` what the passport says."""
+
+    name: str
+    models: list[str]
+    directory: Path
+    warning: str | None
+    check: CheckResult | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "models": self.models,
+            "directory": str(self.directory),
+            "warning": self.warning,
+            "check": None if self.check is None else self.check.to_dict(),
+        }
+
+
+def package_engines(
+    place: Workspace,
+    names: Sequence[str],
+    settings: WorkerSettings,
+    *,
+    alias: str | None = None,
+    installation: TritonInstallation | None,
+    progress: ProgressFactory = no_progress,
+) -> list[Packaged]:
+    """Package every engine, or refuse before the first is begun. `installation` None: without the check.
+
+    `alias`: one more name for the text model, for clients that know another one. Raises `Refused`, and `CheckFailed`
+    where Triton does not answer as the engine does; the repository then has what it had before.
+    """
+    passports = [Passport.open(place.engine(name)) for name in dict.fromkeys(names)]
+    _check_requests(place, passports, alias)
+    return [_package(place, passport, settings, alias, installation, progress) for passport in passports]
+
+
+def _check_requests(place: Workspace, passports: list[Passport], alias: str | None) -> None:
+    problems: list[str] = []
+    for passport in passports:
+        passport.check_runnable()
+        passport.check_accuracy()
+        if not any(passport.tokenizer_directory.glob("tokenizer*")):
+            problems.append(f"{passport.name}: has no tokenizer; compile it from a checkpoint that has one")
+        if passport.name.endswith((UNARY_SUFFIX, TOKENS_SUFFIX)):
+            problems.append(f"{passport.name}: names that end so are those of our second models; compile with --name")
+    if alias is not None:
+        if len(passports) > 1:
+            problems.append("--alias is one name for one engine; package the engines one by one")
+        taken = place.models / check_name(alias)
+        if taken.exists() and _alias_of(taken) != passports[0].name:
+            problems.append(f"--alias {alias}: {taken} is there already")
+    refuse_all("package", problems)
+
+
+def _package(
+    place: Workspace,
+    passport: Passport,
+    settings: WorkerSettings,
+    alias: str | None,
+    installation: TritonInstallation | None,
+    progress: ProgressFactory,
+) -> Packaged:
+    name, final = passport.name, place.models / passport.name
+    place.models.mkdir(parents=True, exist_ok=True)
+    staging = place.models.absolute().parent / ".staging" / name
+    with locked(place.models.parent / f".{name}.lock", final):
+        shutil.rmtree(staging, ignore_errors=True)
+        models = _lay_out(staging, passport, settings, alias)
+        # Again here: the files are those that will be served.
+        Passport.open(staging / name / "1" / "engine").check_files()
+        check = None
+        if installation is not None:
+            check = check_package(staging, name, settings, installation, progress)
+        for model in models:
+            for path in (staging / model).rglob("*"):
+                sync(path)
+            replace_directory(staging / model, place.models / model, staging / f"{model}.old")
+        shutil.rmtree(staging)
+    return Packaged(name, models, final, passport.check_accuracy(), check)
+
+
+def _lay_out(staging: Path, passport: Passport, settings: WorkerSettings, alias: str | None) -> list[str]:
+    """The model directories; their names, the engine's first."""
+    name, batch = passport.name, passport.limits.max_batch_size
+    kinds: list[tuple[str, ModelKind]] = [(model_name(name, kind), kind) for kind in ("text", "unary", "tokens")]
+    if alias is not None:
+        kinds.append((alias, "text"))
+    for model, kind in kinds:
+        version = staging / model / "1"
+        version.mkdir(parents=True)
+        (version / "model.py").write_text(_MODEL_FILE, encoding="utf-8")
+        text = config_text(name, kind, batch, settings, as_name=model)
+        (staging / model / "config.pbtxt").write_text(text, encoding="utf-8")
+    _link_tree(passport.directory, staging / name / "1" / "engine")
+    record = {
+        "format": _FORMAT,
+        "trtbuild": __version__,
+        "engine": name,
+        "engine_digest": verified_digest(passport.data),
+        "models": [model for model, _ in kinds],
+    }
+    for model, _ in kinds:
+        write_json(staging / model / RECORD, record)
+    return [model for model, _ in kinds]
+
+
+def print_packaged(packaged: Sequence[Packaged]) -> None:
+    for one in packaged:
+        if one.warning is not None:
+            click.echo(f"warning: {one.warning}", err=True)
+        click.echo(f"{one.directory}: models {', '.join(one.models)}")
+        if one.check is not None:
+            check = one.check
+            click.echo(
+                f"  Triton ({check.triton}) answers as the engine does: {check.num_tokens} tokens by the "
+                f"{check.executor} executor on {check.device}; {check.triton_ms_per_token} ms per token through "
+                f"Triton, {check.engine_ms_per_token} ms without"
+            )
+
+
+def _alias_of(model: Path) -> str | None:
+    return read_json(model / RECORD)["engine"] if (model / RECORD).is_file() else None
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links of every file, copies across file systems."""
+    for directory, _, files in os.walk(source):
+        place = target / Path(directory).relative_to(source)
+        place.mkdir(parents=True)
+        for file in files:
+            try:
+                os.link(Path(directory, file), place / file)
+            except OSError:
+                shutil.copy2(Path(directory, file), place / file)

@@ -1,0 +1,138 @@
+"""The Python-backend model that Triton loads: a thin forwarder to the engine worker, and its metrics.
+
+Runs in Triton's stub process, where `triton_python_backend_utils` exists. Both kinds of models answer through response
+senders, also the one that is not decoupled, so that one process serves any number of requests at once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import triton_python_backend_utils as pb_utils
+
+from trtbuild.engines.serving.request_log import configure_logging
+from trtbuild.engines.serving.shared import SharedWorker
+from trtbuild.errors import DeadlineExceeded, Refused, TrtBuildError, Unavailable
+from trtbuild.triton_repo.answers import Answer
+from trtbuild.triton_repo.engine_metrics import EngineMetrics
+from trtbuild.triton_repo.model_config import WorkerSettings
+from trtbuild.triton_repo.requests import check_parameters, parse_request
+from trtbuild.triton_repo.responses import Response
+from trtbuild.triton_repo.stub_processes import log_format, mark_alive, worker_group
+from trtbuild.triton_repo.tensors import ModelKind, inputs_of
+from trtbuild.triton_repo.worker_link import WorkerLink
+
+# Each look at a request costs a message to Triton's process, about 0.1 ms.
+_CANCEL_POLL_S = 0.02
+_METRICS_S = 1.0
+_MICROSECONDS = 1e6
+
+
+class TritonPythonModel:
+    """See Triton's Python backend for the three methods."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Connect to the engine's worker, or start it; Triton reports what is raised as the model's load error."""
+        try:
+            self._initialize(args)
+        except TrtBuildError as error:
+            raise pb_utils.TritonModelException(error.message) from error
+
+    def _initialize(self, args: dict[str, str]) -> None:
+        configure_logging(log_format())
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._kind: ModelKind = cast(ModelKind, parameters["kind"])
+        self._inputs = [tensor.name for tensor in inputs_of(self._kind)]
+        settings = WorkerSettings.from_parameters(parameters)
+        flags = {**settings.flags(), "log-format": log_format()}
+        worker = SharedWorker(_engine_directory(args, parameters["engine"]), flags, worker_group())
+        self._link = WorkerLink(worker.connect)
+        self._answers: set[Answer] = set()
+        self._closing = threading.Event()
+        self._marker = mark_alive()
+        threading.Thread(target=self._watch_clients, name="cancel", daemon=True).start()
+        if self._kind == "text":
+            self._metrics = EngineMetrics(pb_utils, args["model_name"])
+            threading.Thread(target=self._report, name="metrics", daemon=True).start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start every request; the answers are sent later, by the worker client's thread."""
+        for request in requests:
+            responder = _Responder(request)
+            try:
+                deadline_s = request.timeout() / _MICROSECONDS
+                check_parameters(json.loads(request.parameters()), self._kind)
+                parsed = parse_request(self._values(request), self._kind, deadline_s or None)
+                answer = Answer(parsed, responder, self._link.client(), self._answers.discard)
+            except TrtBuildError as error:
+                responder.fail(error)
+                continue
+            self._answers.add(answer)
+            answer.start(request.request_id() or None)
+
+    def finalize(self) -> None:
+        """Triton calls it once no request is in flight."""
+        self._closing.set()
+        self._link.close()
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
+
+    def _values(self, request: Any) -> dict[str, Any]:
+        tensors = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in self._inputs)
+        return {name: tensor.as_numpy() for name, tensor in tensors if tensor is not None}
+
+    def _watch_clients(self) -> None:
+        while not self._closing.wait(_CANCEL_POLL_S):
+            for answer in list(self._answers):
+                answer.cancel_if_abandoned()
+
+    def _report(self) -> None:
+        while not self._closing.wait(_METRICS_S):
+            try:
+                self._metrics.update(self._link.client().stats())
+            except TrtBuildError:
+                self._metrics.down()
+
+
+class _Responder:
+    """Responses of one Triton request."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, response: Response, final: bool) -> None:
+        tensors = [pb_utils.Tensor(name, array) for name, array in response.items()]
+        self._sender.send(pb_utils.InferenceResponse(tensors), _flags(final))
+
+    def fail(self, error: TrtBuildError) -> None:
+        code, kind = _KINDS.get(type(error), ("INTERNAL", "failed"))
+        # Triton puts TritonError into its module only after this file was imported.
+        triton_error = pb_utils.TritonError(f"{kind}: {error.message}", getattr(pb_utils.TritonError, code))
+        self._sender.send(pb_utils.InferenceResponse([], error=triton_error), _flags(True))
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+
+# Triton's status code, and the word that our clients tell errors by: streams deliver only the message.
+_KINDS: dict[type[TrtBuildError], tuple[str, str]] = {
+    Refused: ("INVALID_ARG", "refused"),
+    Unavailable: ("UNAVAILABLE", "unavailable"),
+    DeadlineExceeded: ("CANCELLED", "timeout"),
+}
+
+
+def _flags(final: bool) -> int:
+    return pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+
+
+def _engine_directory(args: dict[str, str], name: str) -> Path:
+    """The engine beside, or in, this model's directory; every model of an engine shares the text model's copy."""
+    directory = Path(args["model_repository"]).parent / name / "1" / "engine"
+    if not (directory / "engine.json").is_file():
+        raise Refused(f"{directory}: no engine.json; package {name} again: trtbuild package {name}")
+    return directory
