@@ -23,9 +23,8 @@ class Service:
     """`trtbuild serve` as a process of its own."""
 
     def __init__(self, workspace: Path, *arguments: str) -> None:
-        self.ports = Ports.free()
-        self.log = workspace / "serve.log"
-        ports = self.ports
+        self.ports = ports = Ports.free()
+        self.log = workspace / f"serve-{ports.http}.log"
         command = [
             sys.executable, "-m", "trtbuild", "serve", "--workspace", str(workspace), "--http-port", str(ports.http),
             "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics), *arguments,

@@ -28,6 +28,7 @@ from trtbuild.triton_repo.worker_link import WorkerLink
 # Each look at a request costs a message to Triton's process, about 0.1 ms.
 _CANCEL_POLL_S = 0.02
 _METRICS_S = 1.0
+_THREAD_END_S = 5.0
 _MICROSECONDS = 1e6
 
 
@@ -54,10 +55,12 @@ class TritonPythonModel:
         self._answers: set[Answer] = set()
         self._closing = threading.Event()
         self._marker = mark_alive()
-        threading.Thread(target=self._watch_clients, name="cancel", daemon=True).start()
+        self._threads = [threading.Thread(target=self._watch_clients, name="cancel", daemon=True)]
         if self._kind == "text":
             self._metrics = EngineMetrics(pb_utils, args["model_name"])
-            threading.Thread(target=self._report, name="metrics", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._report, name="metrics", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Start every request; the answers are sent later, by the worker client's thread."""
@@ -77,6 +80,9 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Triton calls it once no request is in flight."""
         self._closing.set()
+        # Each may be talking to Triton's process, which answers no more once this returns: the stub would hang.
+        for thread in self._threads:
+            thread.join(timeout=_THREAD_END_S)
         self._link.close()
         if self._marker is not None:
             self._marker.unlink(missing_ok=True)

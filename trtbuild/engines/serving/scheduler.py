@@ -65,7 +65,7 @@ class Scheduler:
         self._constrainer = Constrainer(vocabulary, executor.vocab_size)
         self._max_queue = max_queue
         self._chunk_size = min(chunk_size or executor.chunk_size, executor.chunk_size)
-        self._max_input_len = min(max_input_len or executor.max_seq_len, executor.max_seq_len - 1)
+        self.max_input_len = min(max_input_len or executor.max_seq_len, executor.max_seq_len - 1)
         self._prefix_reuse = prefix_reuse
         self._clock = clock
         self._pool = SlotPool(executor.num_slots)
@@ -168,7 +168,7 @@ class Scheduler:
 
     def _problem_of(self, request: Request) -> str | None:
         length = len(request.token_ids)
-        limit = self._executor.max_seq_len if request.score_only else self._max_input_len
+        limit = self._executor.max_seq_len if request.score_only else self.max_input_len
         known = request.request_id in self._active or any(
             s.request.request_id == request.request_id for s in self._waiting
         )

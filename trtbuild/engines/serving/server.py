@@ -88,7 +88,7 @@ class WorkerServer:
             max_input_len=engine.passport.get("limits", {}).get("max_input_len"),
             max_queue=limits.max_queue,
         )
-        self._prompt_limit = None if tokenizer is None else PromptLimit.of(tokenizer, engine.executor.max_seq_len)
+        self._prompt_limit = None if tokenizer is None else PromptLimit.of(tokenizer, self._scheduler.max_input_len)
         self._loop = asyncio.get_running_loop()
         self._engine_loop = EngineLoop(self._scheduler, lambda events: self._from_engine(self._deliver, events))
         self._routes: dict[str, tuple[Connection, str, Request]] = {}
