@@ -109,19 +109,28 @@ class _Responder:
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
+        # Triton frees the request with its last response, and dies of a question about a freed one.
+        self._lock = threading.Lock()
+        self._final = False
 
     def send(self, response: Response, final: bool) -> None:
         tensors = [pb_utils.Tensor(name, array) for name, array in response.items()]
-        self._sender.send(pb_utils.InferenceResponse(tensors), _flags(final))
+        self._send(pb_utils.InferenceResponse(tensors), final)
 
     def fail(self, error: TrtBuildError) -> None:
         code, kind = _KINDS.get(type(error), ("INTERNAL", "failed"))
         # Triton puts TritonError into its module only after this file was imported.
         triton_error = pb_utils.TritonError(f"{kind}: {error.message}", getattr(pb_utils.TritonError, code))
-        self._sender.send(pb_utils.InferenceResponse([], error=triton_error), _flags(True))
+        self._send(pb_utils.InferenceResponse([], error=triton_error), final=True)
 
     def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()
+        with self._lock:
+            return not self._final and self._sender.is_cancelled()
+
+    def _send(self, response: Any, final: bool) -> None:
+        with self._lock:
+            self._final = final
+            self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 # Triton's status code, and the word that our clients tell errors by: streams deliver only the message.
@@ -130,10 +139,6 @@ _KINDS: dict[type[TrtBuildError], tuple[str, str]] = {
     Unavailable: ("UNAVAILABLE", "unavailable"),
     DeadlineExceeded: ("CANCELLED", "timeout"),
 }
-
-
-def _flags(final: bool) -> int:
-    return pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
 
 
 def _engine_directory(args: dict[str, str], name: str) -> Path:
