@@ -103,7 +103,7 @@ def test_rank_checkpoints_of_engines_can_go(workspace: Workspace) -> None:
 
 def test_named_results_go_from_both_stages(workspace: Workspace) -> None:
     make(workspace, "b")
-    with pytest.raises(Refused, match="neither in build/ nor in engines/; there: a-fp8-tp2, b"):
+    with pytest.raises(Refused, match="nor in triton_repo/; there: a-fp8-tp2, b"):
         prune(workspace, ["a-fp8-tp2", "missing"])
     assert len(inventory(workspace)) == 4
     prune(workspace, ["a-fp8-tp2"])
@@ -150,3 +150,32 @@ def test_check_names_a_flipped_bit(tmp_path: Path) -> None:
     bad = run.invoke(main, ["list", "--check", "--json", *place])
     assert bad.exit_code == 4
     assert ["transformer." in check["problem"] for check in json.loads(bad.stdout)] == [True, True]
+
+
+def test_a_package_is_listed_and_pruned_with_its_engine(workspace: Workspace) -> None:
+    for model in ("a-fp8-tp2", "a-fp8-tp2-unary", "ensemble"):
+        write_json_in(workspace.models / model, {"engine": "a-fp8-tp2"})
+    (workspace.models / "somebody-elses" / "1").mkdir(parents=True)
+    left = workspace.packages_staging / "b-int4-tp1"
+    left.mkdir(parents=True)
+    (left / "part").write_bytes(b"x" * 7000)
+    os.link(workspace.build / "a-fp8-tp2" / "rank0.safetensors", workspace.models / "a-fp8-tp2" / "rank0.safetensors")
+    packages = [item for item in inventory(workspace) if item.stage == "triton_repo"]
+    assert [(i.name, i.state, i.about) for i in packages] == [
+        ("a-fp8-tp2", "complete", "Triton model a-fp8-tp2"),
+        ("a-fp8-tp2", "complete", "Triton model a-fp8-tp2-unary"),
+        ("a-fp8-tp2", "complete", "Triton model ensemble"),
+        ("b-int4-tp1", "leftover", ""),
+    ]
+    assert packages[0].frees < 1000, "its weights are the engine's"
+    removed = prune(workspace)
+    assert [(item.name, item.frees) for item in removed] == [("b-int4-tp1", 7000)]
+    prune(workspace, ["a-fp8-tp2"])
+    assert [path.name for path in workspace.models.iterdir()] == ["somebody-elses"]
+    assert not workspace.engines.joinpath("a-fp8-tp2").exists()
+    assert not list(workspace.packages_staging.iterdir())
+
+
+def write_json_in(directory: Path, value: dict[str, str]) -> None:
+    directory.mkdir(parents=True)
+    write_json(directory / "trtbuild.json", value)

@@ -20,14 +20,15 @@ import click
 
 from trtbuild.errors import CheckFailed, Refused, TrtBuildError
 from trtbuild.units import format_bytes
-from trtbuild.workspace import REQUEST_FILE, Workspace, check_name, read_json
+from trtbuild.workspace import PACKAGE_RECORD, REQUEST_FILE, Workspace, check_name, read_json
 
-Stage = Literal["build", "calibration", "sources", "engines"]
+Stage = Literal["build", "calibration", "sources", "engines", "triton_repo"]
 State = Literal["complete", "unfinished", "leftover", "unreadable"]
 
 # The file that makes a directory a result of its stage.
 _AUTHORITY: dict[Stage, str] = {
     "build": "trtbuild.json", "calibration": REQUEST_FILE, "sources": REQUEST_FILE, "engines": "engine.json",
+    "triton_repo": PACKAGE_RECORD,
 }  # fmt: skip
 
 
@@ -54,11 +55,14 @@ class Item:
 
 
 def inventory(workspace: Workspace) -> list[Item]:
-    """Everything in build/, build/.calibration/, build/.sources/ and engines/ that trtbuild made, by stage and name."""
+    """Everything in build/, build/.calibration/, build/.sources/, engines/ and triton_repo/ that trtbuild made.
+
+    By stage and name; a package's models all have their engine's name.
+    """
     items = []
     folders: dict[Stage, Path] = {
         "build": workspace.build, "calibration": workspace.calibrations, "sources": workspace.sources,
-        "engines": workspace.engines,
+        "engines": workspace.engines, "triton_repo": workspace.models,
     }  # fmt: skip
     for stage, folder in folders.items():
         paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
@@ -66,7 +70,9 @@ def inventory(workspace: Workspace) -> list[Item]:
             item = _examine(stage, path)
             if item is not None:
                 items.append(item)
-    return items
+    staging = workspace.packages_staging
+    left = sorted(path for path in staging.iterdir() if path.is_dir()) if staging.is_dir() else []
+    return items + [_item("triton_repo", path.name, path, "leftover", "") for path in left]
 
 
 def print_inventory(items: Sequence[Item], as_json: bool) -> None:
@@ -78,9 +84,7 @@ def print_inventory(items: Sequence[Item], as_json: bool) -> None:
         state = "in use" if item.busy else item.state
         click.echo(f"{item.stage:11} {item.name:36} {format_bytes(item.bytes):>11}  {state:10}  {item.about}")
     total = disk_bytes(item.path for item in items)
-    click.echo(
-        f"{len(items)} in all, {format_bytes(total)} on disk (weights that build/ and engines/ share count once)"
-    )
+    click.echo(f"{len(items)} in all, {format_bytes(total)} on disk (weights that stages share count once)")
 
 
 def check_contents(items: Iterable[Item]) -> Iterator[tuple[Item, str | None]]:
@@ -89,7 +93,7 @@ def check_contents(items: Iterable[Item]) -> Iterator[tuple[Item, str | None]]:
     from trtbuild.engines.passport import Passport
 
     for item in items:
-        if item.state != "complete" or item.stage in ("calibration", "sources"):
+        if item.state != "complete" or item.stage in ("calibration", "sources", "triton_repo"):
             continue
         try:
             if item.stage == "engines":
@@ -125,7 +129,7 @@ def prune(
     """Remove what can go, and return it; nothing that a running command holds.
 
     Without `names`: what killed commands left, and with `rank_checkpoints` also build/NAME of every complete engine,
-    which has the weights itself. With `names`: these results of both stages. `Refused` for a name that is not there,
+    which has the weights itself. With `names`: these results of all stages. `Refused` for a name that is not there,
     or that is in use.
     """
     items = inventory(workspace)
@@ -161,6 +165,8 @@ def disk_bytes(directories: Iterable[Path]) -> int:
 def _examine(stage: Stage, path: Path) -> Item | None:
     """None for a directory that trtbuild did not make."""
     name, state = path.name, cast("State", "complete")
+    if stage == "triton_repo":
+        return _examine_model(path)
     if name.startswith(".") and name.endswith((".partial", ".old")):
         state = "unfinished" if name.endswith(".partial") else "leftover"
         name = name[1:].rpartition(".")[0]
@@ -172,8 +178,25 @@ def _examine(stage: Stage, path: Path) -> Item | None:
             about = _describe(stage, read_json(path / _AUTHORITY[stage]))
         except (TrtBuildError, KeyError, TypeError) as error:
             state, about = "unreadable", f"{_AUTHORITY[stage]}: {error}"
-    files = list(_files(path))
-    return Item(stage, name, path, state, disk_bytes([path]), _unshared(files), about, _is_locked(path.parent, name))
+    return _item(stage, name, path, state, about)
+
+
+def _examine_model(path: Path) -> Item | None:
+    """A Triton model directory; None for somebody else's."""
+    if not (path / PACKAGE_RECORD).is_file():
+        return None
+    try:
+        record = read_json(path / PACKAGE_RECORD)
+        name, about = str(record["engine"]), f"Triton model {path.name}"
+    except (TrtBuildError, KeyError) as error:
+        return _item("triton_repo", path.name, path, "unreadable", f"{PACKAGE_RECORD}: {error}")
+    return _item("triton_repo", name, path, "complete", about)
+
+
+def _item(stage: Stage, name: str, path: Path, state: State, about: str) -> Item:
+    # Of packages, not even the lock is where Triton would take it for a model.
+    locks = path.parents[1] if stage == "triton_repo" else path.parent
+    return Item(stage, name, path, state, disk_bytes([path]), _unshared(_files(path)), about, _is_locked(locks, name))
 
 
 def _describe(stage: Stage, authority: dict[str, Any]) -> str:
@@ -220,7 +243,7 @@ def _named(items: Sequence[Item], names: Sequence[str]) -> list[Item]:
         found = [item for item in items if item.name == check_name(name)]
         if not found:
             there = ", ".join(sorted({item.name for item in items})) or "nothing"
-            raise Refused(f"{name!r} is neither in build/ nor in engines/; there: {there}")
+            raise Refused(f"{name!r} is neither in build/, nor in engines/, nor in triton_repo/; there: {there}")
         busy = [item for item in found if item.busy]
         if busy:
             raise Refused(f"{busy[0].path} is being written by another trtbuild process; nothing was removed")
@@ -231,7 +254,12 @@ def _named(items: Sequence[Item], names: Sequence[str]) -> list[Item]:
 def _remove(item: Item) -> None:
     """A result loses its name first, so that a kill never leaves half of one under it."""
     doomed = item.path
-    if not doomed.name.startswith("."):
+    if item.stage == "triton_repo":
+        doomed = item.path.parents[1] / ".staging" / f"{item.path.name}.old"
+        doomed.parent.mkdir(exist_ok=True)
+        shutil.rmtree(doomed, ignore_errors=True)
+        item.path.replace(doomed)
+    elif not doomed.name.startswith("."):
         doomed = item.path.with_name(f".{item.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
         item.path.replace(doomed)

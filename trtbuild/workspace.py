@@ -26,6 +26,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Recipes, READMEs and container files live in the stage folders too.
 _EDITED_FILES = (".toml", ".md", ".yaml", "dockerfile")
 REQUEST_FILE = "request.json"
+# In each directory of the Triton model repository that is ours.
+PACKAGE_RECORD = "trtbuild.json"
 # linux/fs.h, linux/fcntl.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -58,6 +60,11 @@ class Workspace:
     def models(self) -> Path:
         """The Triton model repository."""
         return self.root / "triton_repo" / "models"
+
+    @property
+    def packages_staging(self) -> Path:
+        """Where packages are laid out: not among the models, where Triton would find them."""
+        return self.models.parent / ".staging"
 
     def engine_names(self) -> list[str]:
         return sorted(file.parent.name for file in self.engines.glob("*/engine.json"))

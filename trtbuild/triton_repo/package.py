@@ -27,9 +27,17 @@ from trtbuild.triton_repo.check import CheckResult, check_package
 from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.model_config import WorkerSettings, config_text
 from trtbuild.triton_repo.tensors import TOKENS_SUFFIX, UNARY_SUFFIX, ModelKind, model_name
-from trtbuild.workspace import Workspace, check_name, locked, read_json, replace_directory, sync, write_json
+from trtbuild.workspace import (
+    PACKAGE_RECORD,
+    Workspace,
+    check_name,
+    locked,
+    read_json,
+    replace_directory,
+    sync,
+    write_json,
+)
 
-RECORD = "trtbuild.json"
 _FORMAT = 1
 _MODEL_FILE = '''"""Triton loads this file; the model is trtbuild's, which must be installed where Triton runs."""
 
@@ -112,7 +120,7 @@ def _package(
 ) -> Packaged:
     name, final = passport.name, place.models / passport.name
     place.models.mkdir(parents=True, exist_ok=True)
-    staging = place.models.absolute().parent / ".staging" / name
+    staging = place.packages_staging.absolute() / name
     with locked(place.models.parent / f".{name}.lock", final):
         shutil.rmtree(staging, ignore_errors=True)
         models = _lay_out(staging, passport, settings, alias)
@@ -150,7 +158,7 @@ def _lay_out(staging: Path, passport: Passport, settings: WorkerSettings, alias:
         "models": [model for model, _ in kinds],
     }
     for model, _ in kinds:
-        write_json(staging / model / RECORD, record)
+        write_json(staging / model / PACKAGE_RECORD, record)
     return [model for model, _ in kinds]
 
 
@@ -169,7 +177,7 @@ def print_packaged(packaged: Sequence[Packaged]) -> None:
 
 
 def _alias_of(model: Path) -> str | None:
-    return read_json(model / RECORD)["engine"] if (model / RECORD).is_file() else None
+    return read_json(model / PACKAGE_RECORD)["engine"] if (model / PACKAGE_RECORD).is_file() else None
 
 
 def _link_tree(source: Path, target: Path) -> None:

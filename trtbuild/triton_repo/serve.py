@@ -20,9 +20,8 @@ import click
 from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.installation import TritonInstallation
-from trtbuild.triton_repo.package import RECORD
 from trtbuild.triton_repo.triton_process import Ports, TritonProcess, print_to_stderr
-from trtbuild.workspace import read_json
+from trtbuild.workspace import PACKAGE_RECORD, read_json
 
 _WATCH_S = 0.2
 # A server that dies this often within the window is broken, not unlucky.
@@ -112,7 +111,7 @@ def _models_to_load(options: ServeOptions) -> list[str]:
 
 def _engine_of(model: Path) -> str:
     """Whose model it is, other names of it included; "" for somebody else's."""
-    record = model / RECORD
+    record = model / PACKAGE_RECORD
     return read_json(record)["engine"] if record.is_file() else ""
 
 
