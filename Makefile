@@ -52,10 +52,11 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 # A Triton server for machines without NGC's container: without its dependencies, which want numpy 1 for everybody. Only
-# its Python stub gets one, in an environment of its own.
+# its Python stub gets one, in an environment of its own; there is no numpy 1 for Python 3.13.
 .PHONY: triton
 triton:
-	command -v tritonserver || [ -x /opt/tritonserver/bin/tritonserver ] || { \
+	@command -v tritonserver || [ -x /opt/tritonserver/bin/tritonserver ] || \
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' || { \
 	  $(BIN)/python -m pip install -q --no-deps nvidia-pytriton==0.7.0 && \
 	  $(BIN)/python -m venv $(VENV)/triton-stub && $(VENV)/triton-stub/bin/python -m pip install -q 'numpy<2'; }
 

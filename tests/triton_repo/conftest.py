@@ -10,7 +10,9 @@ import pytest
 from engine_without_plans import make_engine
 from served import SLOW_STEPS, Service
 
+from trtbuild.errors import Refused
 from trtbuild.triton_repo.client import TritonClient
+from trtbuild.triton_repo.installation import TritonInstallation, find_triton
 from trtbuild.triton_repo.package import package_engines
 from trtbuild.workspace import Workspace
 
@@ -36,7 +38,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, importable_loader: None)
 
 
 @pytest.fixture(scope="session")
-def packaged(workspace: Path) -> Path:
+def triton() -> TritonInstallation:
+    """The Triton of this machine; `make venv` brings one wherever there can be one."""
+    try:
+        return find_triton()
+    except Refused as error:
+        pytest.skip(error.message)
+
+
+@pytest.fixture(scope="session")
+def packaged(workspace: Path, triton: TritonInstallation) -> Path:
     """The workspace, where `mixtral` is packaged over an executor of fixed step time, without the check."""
     package_engines(Workspace(workspace), ["mixtral"], SLOW_STEPS, installation=None)
     return workspace

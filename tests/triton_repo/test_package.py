@@ -18,7 +18,7 @@ from trtbuild.cli import main
 from trtbuild.engines.passport import Passport
 from trtbuild.errors import CheckFailed, Refused
 from trtbuild.triton_repo import check
-from trtbuild.triton_repo.installation import find_triton
+from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.model_config import WorkerSettings, config_text
 from trtbuild.triton_repo.package import package_engines
 from trtbuild.triton_repo.tensors import TEXT_INPUTS, TEXT_OUTPUTS, TOKEN_INPUTS, TOKEN_OUTPUTS
@@ -90,7 +90,7 @@ def test_parameters_are_read_back() -> None:
         WorkerSettings.from_parameters({"slots": "many"})
 
 
-def test_a_real_triton_answers_before_the_package_is_put_in_place(place: Workspace) -> None:
+def test_a_real_triton_answers_before_the_package_is_put_in_place(place: Workspace, triton: object) -> None:
     """The engine's own executor, through the command."""
     arguments = ["package", "mixtral", "--workspace", str(place.root), "--threads", "1", "--slots", "2", "--json"]
     result = CliRunner().invoke(main, arguments)
@@ -103,14 +103,16 @@ def test_a_real_triton_answers_before_the_package_is_put_in_place(place: Workspa
     assert (place.models / "mixtral" / "config.pbtxt").is_file()
 
 
-def test_what_fails_the_check_is_not_put_in_place(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_the_check_is_not_put_in_place(
+    place: Workspace, triton: TritonInstallation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package_engines(place, ["mixtral"], SLOW_STEPS, installation=None)
     before = (place.models / "mixtral" / "trtbuild.json").stat().st_ino
     # As a model would that lost a sampling parameter on the way: a penalty that the engine is not told of.
     values = check.tensor_values
     monkeypatch.setattr(check, "tensor_values", lambda *given: values(*given) | {"repetition_penalty": 50.0})
     with pytest.raises(CheckFailed, match="mixtral does not answer as the engine does"):
-        package_engines(place, ["mixtral"], SLOW_STEPS, installation=find_triton())
+        package_engines(place, ["mixtral"], SLOW_STEPS, installation=triton)
     assert (place.models / "mixtral" / "trtbuild.json").stat().st_ino == before
 
 

@@ -137,7 +137,7 @@ def test_a_dead_stub_is_told_from_an_unloaded_model(tmp_path: Path, monkeypatch:
     assert worker_group() == "serve-1"
 
 
-def test_where_triton_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_triton_is(tmp_path: Path, triton: object, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "tritonserver"
     binary.touch()
     with pytest.raises(Refused, match="not a program that can be run"):
