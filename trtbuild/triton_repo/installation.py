@@ -79,7 +79,8 @@ def _pytriton() -> TritonInstallation:
     package = Path(next(iter(spec.submodule_search_locations)))
     root, version = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / _STUB
-    if not stub.is_file():
+    # Its stub for 3.13 needs a numpy 1, which there is none of for 3.13.
+    if not stub.is_file() or sys.version_info >= (3, 13):
         known = ", ".join(sorted(d.name for d in (root / "python_backend_stubs").iterdir()))
         raise Refused(f"nvidia-pytriton has no Python backend for Python {version}; it has {known}")
     if not (STUB_ENVIRONMENT / "bin" / "python3").exists():
