@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from served import SLOW_STEPS, Service
 
-from trtbuild.errors import TrtBuildError, Unavailable
+from trtbuild.errors import Refused, TrtBuildError, Unavailable
 from trtbuild.triton_repo.client import TritonClient
+from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.package import package_engines
+from trtbuild.triton_repo.serve import ServeOptions
+from trtbuild.triton_repo.serve import serve as serve_repository
 from trtbuild.workspace import Workspace
 
 LONG = {"text_input": "Long", "max_tokens": 390, "stream": True, "ignore_eos": True}
@@ -175,3 +178,20 @@ def test_packages_replaced_under_a_polling_server(serve: Callable[..., Service],
     assert len(set(answers)) == 1
     assert len(answers) > 20
     assert json.loads((workspace / "triton_repo/models/mixtral/trtbuild.json").read_text())["engine"] == "mixtral"
+
+
+def test_what_cannot_be_served_is_refused(packaged: Path, tmp_path: Path) -> None:
+    """Before anything is started."""
+    installation = TritonInstallation(tmp_path / "never-run", "nowhere")
+    repository = packaged / "triton_repo" / "models"
+    for options, names in (
+        (ServeOptions(tmp_path), "no model in it; trtbuild package NAME makes one"),
+        (ServeOptions(repository, ("mixtrel",)), "mixtrel: not in"),
+        (
+            ServeOptions(repository, openai_port=9, triton_arguments=("--grpc-use-ssl=true",)),
+            "leave out --grpc-use-ssl",
+        ),
+    ):
+        with pytest.raises(Refused) as refused:
+            serve_repository(options, installation)
+        assert names in refused.value.message

@@ -57,8 +57,8 @@ class TritonPythonModel:
         self._marker = mark_alive()
         self._threads = [threading.Thread(target=self._watch_clients, name="cancel", daemon=True)]
         if self._kind == "text":
-            self._metrics = EngineMetrics(pb_utils, args["model_name"])
-            self._threads.append(threading.Thread(target=self._report, name="metrics", daemon=True))
+            metrics = EngineMetrics(pb_utils, args["model_name"])
+            self._threads.append(threading.Thread(target=self._report, args=(metrics,), name="metrics", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -96,12 +96,13 @@ class TritonPythonModel:
             for answer in list(self._answers):
                 answer.cancel_if_abandoned()
 
-    def _report(self) -> None:
+    def _report(self, metrics: EngineMetrics) -> None:
+        """Only this thread has the metrics: one that outlives `finalize` crashes the stub (2.51) when it is deleted."""
         while not self._closing.wait(_METRICS_S):
             try:
-                self._metrics.update(self._link.client().stats())
+                metrics.update(self._link.client().stats())
             except TrtBuildError:
-                self._metrics.down()
+                metrics.down()
 
 
 class _Responder:

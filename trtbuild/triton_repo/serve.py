@@ -54,9 +54,10 @@ def serve(options: ServeOptions, installation: TritonInstallation, *, progress: 
     repository that is not one, `TrtBuildError` where Triton does not start or keeps ending.
     """
     models = _models_to_load(options)
+    _check_tls(options)
     with _stop_signals() as stopped, ExitStack() as running:
         triton = running.enter_context(_Triton(lambda: _start_triton(options, installation, models, progress)))
-        front_end = _start_front_end(options, running)
+        front_end = start_front_end(options, running)
         _say_where(options, models)
         while not stopped():
             if front_end is not None and front_end.poll() is not None:
@@ -109,6 +110,14 @@ def _models_to_load(options: ServeOptions) -> list[str]:
     ]
 
 
+def _check_tls(options: ServeOptions) -> None:
+    if options.openai_port is not None and any("grpc-use-ssl" in argument for argument in options.triton_arguments):
+        raise Refused(
+            "--openai-port reaches Triton over plain gRPC on this machine: leave out --grpc-use-ssl, and put TLS before the "
+            "ports that others reach"
+        )
+
+
 def _engine_of(model: Path) -> str:
     """Whose model it is, other names of it included; "" for somebody else's."""
     record = model / PACKAGE_RECORD
@@ -137,7 +146,7 @@ def _start_triton(
     return server
 
 
-def _start_front_end(options: ServeOptions, running: ExitStack) -> subprocess.Popen[bytes] | None:
+def start_front_end(options: ServeOptions, running: ExitStack) -> subprocess.Popen[bytes] | None:
     """The OpenAI front end, listening; None where it is not asked for."""
     if options.openai_port is None:
         return None
