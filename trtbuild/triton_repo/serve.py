@@ -113,8 +113,8 @@ def _models_to_load(options: ServeOptions) -> list[str]:
 def _check_tls(options: ServeOptions) -> None:
     if options.openai_port is not None and any("grpc-use-ssl" in argument for argument in options.triton_arguments):
         raise Refused(
-            "--openai-port reaches Triton over plain gRPC on this machine: leave out --grpc-use-ssl, and put TLS before the "
-            "ports that others reach"
+            "--openai-port reaches Triton over plain gRPC on this machine: leave out --grpc-use-ssl, and put TLS in "
+            "front of what others reach"
         )
 
 
