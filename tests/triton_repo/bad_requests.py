@@ -27,7 +27,8 @@ _SCALARS = {
     "ignore_eos": "BOOL", "repetition_penalty": "FP32", "beam_width": "INT32", "num_return_sequences": "INT32",
     "guided_decoding_guide": "BYTES", "text_input": "BYTES", "messages": "BYTES", "tools": "BYTES",
 }  # fmt: skip
-Request = service_pb2.ModelInferRequest
+# protobuf makes its classes when it is imported; no type checker sees them.
+Request: Any = vars(service_pb2)["ModelInferRequest"]
 
 
 def _request(**tensors: tuple[str, list[int], bytes]) -> Any:
@@ -47,8 +48,9 @@ def _wrong_dtype(draw: random.Random) -> Any:
 
 
 def _wrong_shape(draw: random.Random) -> Any:
+    """Not a batch of 0: Triton (2.51) then takes the other tensors' batch, and the value as it was meant."""
     name = draw.choice(list(_SCALARS))
-    shapes = [[], [1], [0, 1], [1, 0], [1, 2], [3, 1], [1, 1, 1], [-1, 1], [1, -1], [2**31, 1], [2**62, 4], [5, 1]]
+    shapes = [[], [1], [1, 0], [1, 2], [3, 1], [1, 1, 1], [-1, 1], [1, -1], [2**31, 1], [2**62, 4], [5, 1]]
     shape = draw.choice(shapes)
     return _request(**{name: (_SCALARS[name], shape, _ELEMENT[_SCALARS[name]])})
 
@@ -75,12 +77,10 @@ def _lying_string(draw: random.Random) -> Any:
     return _request(**{draw.choice(["text_input", "messages", "guided_decoding_guide"]): ("BYTES", shape, raw)})
 
 
-def _wrong_number_of_contents(draw: random.Random) -> Any:
+def _too_few_contents(draw: random.Random) -> Any:
+    """Too many are ignored by Triton (2.51), and the request is answered."""
     request = _request()
-    if draw.random() < 0.5:
-        del request.raw_input_contents[draw.choice([0, 1])]
-    else:
-        request.raw_input_contents.append(draw.choice([b"", b"\1\0\0\0", b"x" * 5000]))
+    del request.raw_input_contents[draw.choice([0, 1])]
     return request
 
 
@@ -164,7 +164,7 @@ def _wrong_parameters(draw: random.Random) -> Any:
 
 _GRPC: dict[str, Callable[[random.Random], Any]] = {
     "dtype": _wrong_dtype, "shape": _wrong_shape, "batches": _wrong_batches, "length": _wrong_length,
-    "string": _lying_string, "contents": _wrong_number_of_contents, "typed": _typed_contents, "value": _wrong_value,
+    "string": _lying_string, "contents": _too_few_contents, "typed": _typed_contents, "value": _wrong_value,
     "text": _wrong_text, "names": _wrong_names, "parameters": _wrong_parameters,
 }  # fmt: skip
 
@@ -192,7 +192,7 @@ class GrpcCaller:
                 return "OK", str(self._stub.ModelInfer(request, timeout=TIMEOUT_S))
             answers = list(self._stub.ModelStreamInfer(iter([request]), timeout=TIMEOUT_S))
         except grpc.RpcError as error:
-            return error.code().name, error.details()
+            return error.code().name, error.details() or ""
         messages = [answer.error_message for answer in answers if answer.error_message]
         return ("ERROR", messages[0]) if messages else ("OK", str(answers))
 
@@ -232,7 +232,7 @@ def _infer(draw: random.Random) -> Http:
         {"datatype": "INT32"}, {"datatype": "X"}, {"datatype": None}, {"shape": [2, 1]}, {"shape": [1]}, {"shape": []},
         {"shape": [-1, 1]}, {"shape": "x"}, {"shape": [2**62, 8]}, {"shape": [1.5, 1]}, {"data": []}, {"data": "Good"},
         {"data": [1]}, {"data": ["a", "b"]}, {"data": [[[["a"]]]], "shape": [1, 2]}, {"name": ""}, {"name": "no"},
-        {"name": 3}, {"data": [None]}, {"parameters": {"binary_data_size": 10**9}}, {"parameters": 3},
+        {"name": 3}, {"data": [None]}, {"parameters": {"binary_data_size": 10**9}},
         {"parameters": {"shared_memory_region": "no", "shared_memory_byte_size": 8}},
     ]  # fmt: skip
     bodies = [{"inputs": [text | one]} for one in wrong]

@@ -1,6 +1,6 @@
 """Serving under load, for minutes: `make soak`.
 
-TRTBUILD_SOAK_SECONDS (300), TRTBUILD_SOAK_CANCELLATIONS (1000) and TRTBUILD_SOAK_BAD_REQUESTS (1000) make a run shorter.
+TRTBUILD_SOAK_SECONDS (300), TRTBUILD_SOAK_CANCELLATIONS (1000) and TRTBUILD_SOAK_BAD_REQUESTS (1000) make it shorter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS = float(os.environ.get("TRTBUILD_SOAK_SECONDS", "300"))
 NUM_CANCELLATIONS = int(os.environ.get("TRTBUILD_SOAK_CANCELLATIONS", "1000"))
 NUM_BAD_REQUESTS = int(os.environ.get("TRTBUILD_SOAK_BAD_REQUESTS", "1000"))
 NUM_STREAMS, NUM_QUESTIONS = 128, 32
-WARM_UP = 1 / 3
+WARM_UP = 1 / 2
 PERF = Path(__file__).parents[2] / "perf"
 
 
@@ -76,7 +76,7 @@ def test_many_streams_for_minutes(real_service: Service) -> None:
     """No error, no lost or doubled token, memory flat; each of the 128 streams as it is alone, response by response."""
     num_streams, num_tokens, watch = asyncio.run(run_streams(real_service))
     lines, growing = watch.judge(WARM_UP)
-    print(f"{num_streams} streams, {num_tokens} tokens in {SECONDS:g} s", *lines, sep="\n")
+    print(f"{num_streams} streams, {num_tokens} tokens in {SECONDS:g} s", *lines, sep="\n")  # noqa: T201
     real_service.wait_for_metrics(requests_active=0, requests_waiting=0, slots_used=0, requests_cancelled_total=0)
     assert num_streams > NUM_STREAMS
     assert SECONDS < 120 or not growing, growing
@@ -117,9 +117,9 @@ def test_a_thousand_cancellations_leave_every_slot_free(fixed_service: Service) 
     found = service.wait_for_metrics(requests_active=0, requests_waiting=0, slots_used=0, kv_tokens_used=0)
     free_after_s = time.monotonic() - left_at
     cancelled = found["requests_cancelled_total"] - before["requests_cancelled_total"]
-    print(f"{dict(kinds)}: {cancelled:.0f} cancelled in the engine, all slots free after {free_after_s:.1f} s")
-    # Those that leave at once may be gone before the engine hears of them.
-    assert 0.9 * kinds.total() < cancelled <= kinds.total()
+    print(f"{dict(kinds)}: {cancelled:.0f} cancelled in the engine, all slots free after {free_after_s:.1f} s")  # noqa: T201
+    # Of those that leave at once, some are gone before the engine hears of them.
+    assert 0.7 * kinds.total() < cancelled <= kinds.total()
     assert free_after_s < 5
     assert MemoryWatch(service).pids == pids
     with TritonClient(service.url) as client:
@@ -162,7 +162,7 @@ def test_a_thousand_bad_requests_are_told_so(fixed_service: Service, protocol: s
     outcomes: Counter[str] = Counter()
     problems: list[str] = []
     expected = caller.good()
-    for index in range(NUM_BAD_REQUESTS // 2):
+    for index in range(NUM_BAD_REQUESTS):
         name, request = make(draw)
         status, message = caller.send(request)
         outcomes[f"{name}: {status}"] += 1
@@ -170,7 +170,7 @@ def test_a_thousand_bad_requests_are_told_so(fixed_service: Service, protocol: s
             problems.append(f"{index} {name}: {status} {message[:300]}")
         assert caller.good() == expected, f"after {index} {name}: {message[:300]}"
     caller.close()
-    print(*(f"{count:4} {outcome}" for outcome, count in sorted(outcomes.items())), sep="\n")
+    print(*(f"{count:4} {outcome}" for outcome, count in sorted(outcomes.items())), sep="\n")  # noqa: T201
     assert MemoryWatch(service).pids == pids, "something was started again"
     assert not problems, "\n".join(problems[:20])
     service.wait_for_metrics(requests_active=0, slots_used=0)

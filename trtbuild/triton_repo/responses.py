@@ -57,27 +57,26 @@ def _response(
         found["sequence_index"] = np.array([[rows[0][0].sequence_index]], np.int32)
     if request.log_probs:
         found["output_log_probs"] = _padded([_numbers(part.logprobs) for part in parts], shape, np.float32, fill=0)
+        # With every response: perf_analyzer 2.51 writes stray memory for a float that is not there.
+        sums = [sum(_numbers(made.logprobs)) for _, _, made in rows]
+        found["cum_log_probs"] = np.array(sums, np.float32).reshape(shape)
     if request.top_log_probs and not tokens:
         found["token_logprobs"] = _strings([json.dumps(_token_logprobs(part)) for part in parts], shape)
     if parts[0].finish_reason is not None:
-        found |= _last_tensors(request, [made for _, _, made in rows], shape)
+        found |= _last_tensors([made for _, _, made in rows], shape)
     return found
 
 
-def _last_tensors(request: ParsedRequest, outputs: list[RequestOutput], shape: tuple[int, int]) -> Response:
+def _last_tensors(outputs: list[RequestOutput], shape: tuple[int, int]) -> Response:
     """What only the end of a sequence knows."""
     lengths = [len(output.token_ids) for output in outputs]
     prompts = [output.usage.prompt_tokens if output.usage else 0 for output in outputs]
-    found = {
+    return {
         "finish_reason": _strings([output.finish_reason or "" for output in outputs], shape),
         "sequence_length": np.array(lengths, np.int32).reshape(shape),
         "num_input_tokens": np.array(prompts, np.int32).reshape(shape),
         "num_output_tokens": np.array(lengths, np.int32).reshape(shape),
     }
-    if request.log_probs:
-        sums = [sum(_numbers(output.logprobs)) for output in outputs]
-        found["cum_log_probs"] = np.array(sums, np.float32).reshape(shape)
-    return found
 
 
 def _token_logprobs(output: RequestOutput) -> list[dict[str, Any]]:

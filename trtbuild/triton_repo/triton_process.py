@@ -153,13 +153,14 @@ class TritonProcess:
         if self.dead_stub() is not None:
             # Triton would wait for it until its exit timeout.
             self.kill()
+        stubs = self._running_stubs()
         self.stop()
         try:
             status = self.process.wait(timeout=timeout_s or 10.0)
         except subprocess.TimeoutExpired:
             self.kill()
             status = self.process.wait()
-        self._end_stubs()
+        _kill([*stubs, *self._running_stubs()])
         self._reader.join(timeout=1.0)
         self._directory.cleanup()
         return status
@@ -168,19 +169,24 @@ class TritonProcess:
         """At once, with its stubs, which would not end by themselves; not with the engine workers that they share."""
         if self.process.poll() is not None:
             return
-        stubs = psutil.Process(self.process.pid).children()
+        stubs = self._running_stubs()
         self.process.kill()
-        for stub in stubs:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                stub.kill()
+        _kill(stubs)
 
-    def _end_stubs(self) -> None:
-        """A stub whose Triton went away while it sent a response waits for it for ever, and holds its engine worker."""
+    def _running_stubs(self) -> list[psutil.Process]:
+        """Triton's children, and those that it left behind, by their marks.
+
+        A stub that talks to Triton when that goes away waits for it for ever, and holds its engine worker.
+        """
+        found: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         for mark in self._stubs.glob("*"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 stub = psutil.Process(int(mark.name))
                 if any("triton_python_backend_stub" in part for part in stub.cmdline()[:1]):
-                    stub.kill()
+                    found.append(stub)
+        return found
 
     def __enter__(self) -> TritonProcess:
         return self
@@ -207,6 +213,12 @@ class TritonProcess:
         models = [f"{found[1]}: {found[2]}" for line in lines if (found := _FAILED_MODEL.search(line))]
         told = list(dict.fromkeys(models)) or [line for line in lines if _FAILURE.match(line)] or lines[-15:]
         return "".join(f"\n    {line}" for line in told[-12:])
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def print_to_stderr(line: str) -> None:
