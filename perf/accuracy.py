@@ -150,6 +150,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--theirs", action="append", choices=THEIRS, help="Repeatable.  [default: all, with --others]")
     parser.add_argument("--others", metavar="PYTHON", help="A Python with llmcompressor (and nvidia-modelopt).")
     parser.add_argument("--modelopt", metavar="PYTHON", help="A Python with nvidia-modelopt.  [default: --others]")
+    parser.add_argument("--model-name", metavar="NAME", help="In the saved lines.  [default: DIR's last part]")
     parser.add_argument("--blocks", type=int, default=32, help="Of 256 tokens, from each text.  [default: 32]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--against-saved", action="store_true", help="What is not run now comes from saved lines.")
@@ -170,8 +171,9 @@ def main() -> None:
     for is_ours, method, python, script in jobs:
         found = run(python, script, method, inputs, options.threads)
         line = {
-            "date": time.strftime("%Y-%m-%d"), "model": inputs.model.name, "inputs": inputs.identity, "ours": is_ours,
-            "method": method, "threads": options.threads, "block_tokens": BLOCK_TOKENS, **found, "machine": machine(),
+            "date": time.strftime("%Y-%m-%d"), "model": options.model_name or inputs.model.name,
+            "inputs": inputs.identity, "ours": is_ours, "method": method, "threads": options.threads,
+            "block_tokens": BLOCK_TOKENS, **found, "machine": machine(),
         }  # fmt: skip
         runs[is_ours, method] = line
         outcome = found.get("error") or f"{found['cpu_seconds']:.1f} CPU seconds"

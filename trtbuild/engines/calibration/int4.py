@@ -32,7 +32,7 @@ class SecondMoments:
 
     def add(self, x: torch.Tensor, weights: torch.Tensor) -> None:
         """Count tokens x [tokens, in] with weights [tokens]. Only the upper block triangle is kept up."""
-        x = x.float() * weights.sqrt().unsqueeze(-1)
+        x = x.to(torch.float32, copy=True).mul_(weights.sqrt().unsqueeze(-1))
         for start in range(0, len(self.sum), 1024):
             stop = min(start + 1024, len(self.sum))
             self.sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])

@@ -11,6 +11,7 @@ from trtbuild.checkpoints.quantization import QuantizedWeight
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.engines.calibration.inputs import Inputs
 from trtbuild.engines.calibration.int4 import choose_scales, compensate, round_to_scales
+from trtbuild.engines.calibration.memory import trim_heap
 from trtbuild.engines.calibration.smoothing import RowFold, folds, search
 from trtbuild.engines.reference.torch_weights import TorchWeights
 from trtbuild.errors import CheckpointError
@@ -96,7 +97,7 @@ class LayerQuantizer:
         Raises CheckpointError where the inputs are not finite.
         """
         name = linear.name.removeprefix(self._prefix)
-        matrix = self._matrix(name, expert).float()
+        trim_heap()
         second = inputs.moments()
         if not bool(second.diagonal().sum().isfinite()):
             raise CheckpointError(
@@ -104,6 +105,7 @@ class LayerQuantizer:
             )
         group = int4_group(linear.in_features, linear.global_name)
         scale = self._input_scale(name, expert, inputs, group)
+        matrix = self._matrix(name, expert).float()
         scaled = matrix if scale is None else matrix * scale
         if scale is not None:
             second.div_(scale).div_(scale.unsqueeze(-1))

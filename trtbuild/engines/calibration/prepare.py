@@ -32,13 +32,14 @@ from trtbuild.engines.calibration.layers import (
     run_layer,
     save_hidden,
 )
+from trtbuild.engines.calibration.memory import release_freed_memory
 from trtbuild.engines.calibration.quantizing_ops import QuantizingOps
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import digest_of, staged, write_atomic, write_json
 
 # Raised when the algorithm changes what it gives for the same input.
-_ALGORITHM_VERSION = 2
+_ALGORITHM_VERSION = 4
 _HIDDEN = "hidden.safetensors"
 
 
@@ -93,6 +94,8 @@ def prepare(
         first, hidden = load_hidden(directory / _HIDDEN, lambda layer: (directory / layer_file(layer)).is_file())
         hidden = first_hidden(source, text) if hidden is None else hidden
         hidden = hidden.to(device)
+        # The tokenizer's.
+        release_freed_memory()
         bar.advance(first)
         for layer in range(first, source.config.num_layers):
             weights = layer_weights(source, layer, dtype, device, precision)
@@ -100,6 +103,8 @@ def prepare(
             hidden = run_layer(layer_ops(QuantizingOps, weights, hidden, quantizer=quantizer))
             _save_layer(directory, source, layer, quantizer.result(), origin)
             save_hidden(directory / _HIDDEN, layer + 1, hidden)
+            del weights, quantizer
+            release_freed_memory()
             bar.advance()
     _write_facts(directory, source.config.num_layers)
 
