@@ -2,6 +2,7 @@
 # make test   sets up, and runs the tests
 # make soak   the long tests, by hand
 # make lint   ruff and pyright
+# make bench  our own benchmarks (perf/bench.py), each beside its last committed figure; NAMES="road decode" for some
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two cores are common; more threads than cores only slow torch down.
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test soak lint venv clean
+.PHONY: demo test soak lint bench venv clean
 
 demo: $(VENV)/.ready
 	bash demo.sh
@@ -26,6 +27,9 @@ soak: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: $(VENV)/.ready
+	$(BIN)/python perf/bench.py $(NAMES)
 
 venv: $(VENV)/.ready
 
@@ -48,7 +52,7 @@ $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	  || $(BIN)/python -m pip install -q torch==$(TORCH); \
 	fi
 	$(BIN)/python -m pip install -q -e '.[rtx,gpu,test]'
-	[ "$$(uname -m)" != x86_64 ] || $(MAKE) --no-print-directory triton
+	[ "$$(uname -m)" != x86_64 ] || $(MAKE) --no-print-directory triton perf-analyzer
 	touch $@
 
 # A Triton server for machines without NGC's container: without its dependencies, which want numpy 1 for everybody. Only
@@ -59,6 +63,19 @@ triton:
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' || { \
 	  $(BIN)/python -m pip install -q --no-deps nvidia-pytriton==0.7.0 && \
 	  $(BIN)/python -m venv $(VENV)/triton-stub && $(VENV)/triton-stub/bin/python -m pip install -q 'numpy<2'; }
+
+# The last perf_analyzer that runs on glibc 2.34, in a directory of its own, since its client is not ours. What it links
+# comes with nvidia-pytriton. `trtbuild doctor` says what is missing where this fails.
+.PHONY: perf-analyzer
+perf-analyzer:
+	command -v perf_analyzer || [ -x $(VENV)/perf-analyzer/bin/perf_analyzer ] || \
+	  $(BIN)/python -m pip install -q --no-deps --only-binary=:all: --platform manylinux1_x86_64 --target $(VENV)/perf-analyzer tritonclient==2.51.0 || \
+	  echo "no perf_analyzer: its tests will be skipped"
+
+# AIPerf, whose pins are its own: 1.2 GB, so by hand only. Its tests are skipped without it.
+.PHONY: aiperf
+aiperf:
+	$(BIN)/python -m venv $(VENV)/aiperf && $(VENV)/aiperf/bin/python -m pip install -q aiperf==0.13.0
 
 clean:
 	rm -rf $(VENV) .demo

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trtbuild import doctor
+from trtbuild.errors import Refused
 
 CASES: dict[str, tuple[list[tuple[int, int]], str | None, str, str]] = {
     "no GPU": ([], "1.7.1", "ok", "by the reference executor (PyTorch): torch sees no CUDA GPU"),
@@ -27,3 +28,27 @@ def test_what_runs_engines_here(case: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert (finding.subject, finding.status) == ("run", status)
     assert detail in finding.detail
     assert ("pip install" in finding.fix) == (case == "no library")
+
+
+def test_triton_that_is_missing_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise Refused("no Triton server: none on PATH. On Linux: a long command")
+
+    monkeypatch.setattr("trtbuild.triton_repo.installation.find_triton", refuse)
+    finding = doctor._triton()
+    assert (finding.status, finding.detail) == ("missing", "trtbuild serve cannot run (no Triton server: none on PATH)")
+    assert "pip install --no-deps nvidia-pytriton" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("message", "fix"),
+    [("no perf_analyzer: none", "tritonclient=="), ("perf_analyzer does not run here:\n  - x: y", "")],
+)
+def test_perf_analyzer_is_examined_and_not_only_found(message: str, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise Refused(message)
+
+    monkeypatch.setattr("trtbuild.perf.perf_analyzer_binary.find_perf_analyzer", refuse)
+    finding = doctor._perf_analyzer()
+    assert finding.status == "info" and message in finding.detail
+    assert fix in finding.fix and bool(fix) == bool(finding.fix)

@@ -21,6 +21,7 @@ from trtbuild.cli_options import (
     workers_option,
     workspace_option,
 )
+from trtbuild.cli_perf import perf
 from trtbuild.cli_serving import package, serve
 from trtbuild.command_group import CommandGroup
 
@@ -302,6 +303,7 @@ def verify(name: str, html: Path | None, workspace: Path, as_json: bool, **given
 
 main.add_command(package)
 main.add_command(serve)
+main.add_command(perf)
 
 if __name__ == "__main__":
     main()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
+
+from trtbuild.errors import Refused
 
 Status = Literal["ok", "missing", "info"]
 RTX_COMMAND = "pip install 'trtbuild[rtx]'"
@@ -40,6 +41,7 @@ def examine() -> list[Finding]:
         _tensorrt_llm(),
         _triton(),
         _perf_analyzer(),
+        _aiperf(),
         *_abilities(),
     ]
 
@@ -124,17 +126,40 @@ def _tensorrt_llm() -> Finding:
 
 
 def _triton() -> Finding:
-    server = shutil.which("tritonserver")
-    if server is None:
-        return Finding("Triton", "info", "no tritonserver on PATH; serving is not part of this version yet")
-    return Finding("Triton", "ok", server)
+    from trtbuild.triton_repo.installation import PYTRITON_COMMAND, find_triton
+
+    try:
+        found = find_triton()
+    except Refused as error:
+        return Finding("Triton", "missing", f"trtbuild serve cannot run ({_reason(error)})", PYTRITON_COMMAND)
+    return Finding("Triton", "ok", f"{found.binary} ({found.source}): serves engines")
 
 
 def _perf_analyzer() -> Finding:
-    binary = shutil.which("perf_analyzer")
-    if binary is None:
-        return Finding("perf_analyzer", "info", "not on PATH; measuring is not part of this version yet")
-    return Finding("perf_analyzer", "ok", binary)
+    from trtbuild.perf.perf_analyzer_binary import COMMAND, find_perf_analyzer
+
+    try:
+        found = find_perf_analyzer()
+    except Refused as error:
+        missing = error.message.startswith("no perf_analyzer")
+        fix = COMMAND if missing else ""
+        return Finding("perf_analyzer", "info", f"--driver native measures without it ({_reason(error)})", fix)
+    return Finding("perf_analyzer", "ok", f"{found.version}, {found.binary}: --driver perf-analyzer measures with it")
+
+
+def _aiperf() -> Finding:
+    from trtbuild.perf.aiperf import COMMAND, find_aiperf
+
+    try:
+        found = find_aiperf()
+    except Refused as error:
+        return Finding("AIPerf", "info", f"--driver native measures without it ({_reason(error)})", COMMAND)
+    return Finding("AIPerf", "ok", f"{found.version}, {found.binary}: --driver aiperf measures with it")
+
+
+def _reason(error: Refused) -> str:
+    """Without the command, which has a line of its own."""
+    return error.message.partition(". ")[0]
 
 
 def _abilities() -> list[Finding]:

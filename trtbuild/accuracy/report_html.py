@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -11,43 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from trtbuild.accuracy.gate import blocks_allowed
 from trtbuild.accuracy.precision_picture import precision_picture
+from trtbuild.html_page import document, section, table
 from trtbuild.workspace import write_atomic
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1c1e21; --soft: #5c636b; --page: #ffffff; --card: #f4f5f7; --line: #d5d9de;
-  --good: #0a7d43; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8ea; --soft: #a0a7af; --page: #15181b; --card: #1f2327;
-  --line: #3a4047; --good: #4cc38a; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1100px; padding: 16px; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0 0 4px; } h2 { font-size: 1.15rem; margin: 32px 0 8px; }
-p.soft, .soft { color: var(--soft); margin: 0 0 8px; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 16px 0; }
-.card { background: var(--card); border-radius: 8px; padding: 10px 12px; }
-.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } .wide th, .wide td { overflow-wrap: normal; white-space: nowrap; }
-.number { text-align: right; } .facts td:first-child { color: var(--soft); min-width: 110px; overflow-wrap: normal; }
-@media (max-width: 600px) {
-  table { font-size: 13px; } th, td { padding-right: 8px; } th:last-child, td:last-child { padding-right: 0; }
-  .wide th:not(.number), .wide td:not(.number) { white-space: normal; } .stacked thead { display: none; }
-  .stacked tr { display: block; padding: 4px 0; border-bottom: 1px solid var(--line); }
-  .stacked td { display: flex; justify-content: space-between; border: 0; padding: 2px 0; }
-  .stacked td::before { content: attr(data-label); color: var(--soft); } }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 10px; }
-pre { background: var(--card); border-radius: 8px; padding: 10px; margin: 4px 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 13px; }
-.js-plotly-plot { min-height: 120px; }
-.js-plotly-plot text { fill: var(--text) !important; }
-.js-plotly-plot .gridlayer path, .js-plotly-plot .zerolinelayer path { stroke: var(--line) !important; }
-.js-plotly-plot .hoverlayer text { fill: #fff !important; }
-"""
 _BLOCK_COLOURS = {
     "attention": "#0072B2", "mlp": "#009E73", "expert": "#D55E00", "shared_expert": "#CC79A7", "router": "#E69F00",
 }  # fmt: skip
@@ -71,16 +40,12 @@ def render(passport: Mapping[str, Any]) -> str:
         _failures(record["failures"]),
         _environment(passport, record),
         _texts(record),
-        _section("Error of each layer's blocks", _layer_note(record), _plot(layer_figure(record), "layers")),
-        _section("Precision of each linear layer", "", _plot(precision_picture(precisions), "precision")),
+        section("Error of each layer's blocks", _layer_note(record), _plot(layer_figure(record), "layers")),
+        section("Precision of each linear layer", "", _plot(precision_picture(precisions), "precision")),
         _executor_checks(record),
         _golden(record["golden"]),
     ]
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}: accuracy</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return document(f"{name}: accuracy", "".join(parts), head=f"<script>{get_plotlyjs()}</script>")
 
 
 def layer_figure(record: Mapping[str, Any]) -> go.Figure:
@@ -173,7 +138,7 @@ def _environment(passport: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         ("rebuild", passport["rebuild"]),
     ]  # fmt: skip
     body = "".join(f"<tr><td>{escape(a)}</td><td>{escape(str(b))}</td></tr>" for a, b in rows)
-    return _section("Who made these numbers", "", f'<table class="facts">{body}</table>')
+    return section("Who made these numbers", "", f'<table class="facts">{body}</table>')
 
 
 def _texts(record: Mapping[str, Any]) -> str:
@@ -192,7 +157,7 @@ def _texts(record: Mapping[str, Any]) -> str:
         f"divergence, {_percent(limits['min_top1'])} top-1 agreement. The standard error is that of the paired "
         "difference."
     )
-    return _section("Perplexity and next-token distributions", note, _table(header, rows, num_text=1, stacked=True))
+    return section("Perplexity and next-token distributions", note, table(header, rows, num_text=1, stacked=True))
 
 
 def _executor_checks(record: Mapping[str, Any]) -> str:
@@ -214,14 +179,14 @@ def _executor_checks(record: Mapping[str, Any]) -> str:
         f"{prompt['last_position']}; mean KL {_short(prompt['mean_kl'])} nats over its last {prompt['num_compared']} "
         f"positions. {record['logits']['rows']} rows of logits, {record['logits']['not_finite']} not finite."
     )
-    return _section("The same answer wherever it runs", note, _table(header, rows, num_text=2))
+    return section("The same answer wherever it runs", note, table(header, rows, num_text=2))
 
 
 def _golden(golden: Mapping[str, Any] | None) -> str:
     if not golden:
         return ""
     note = "" if golden["source_ran"] else "The source does not fit into this machine's memory and was not asked."
-    return _section("Golden questions", note, "".join(_question(line) for line in golden["lines"]))
+    return section("Golden questions", note, "".join(_question(line) for line in golden["lines"]))
 
 
 def _question(line: Mapping[str, Any]) -> str:
@@ -247,30 +212,6 @@ def _layer_note(record: Mapping[str, Any]) -> str:
         "Every block of the engine on the source's own inputs; dotted lines are the limits of its precision. "
         f"Embedding {_short(outer['embed'])}, head {_short(outer['head'])}."
     )
-
-
-def _section(title: str, note: str, content: str) -> str:
-    soft = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return f"<h2>{escape(title)}</h2>{soft}{content}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int, stacked: bool = False) -> str:
-    """Cells are HTML already; those after the first `num_text` columns are numbers. On a phone a stacked table's rows
-    become lists.
-    """
-    kinds = ["" if index < num_text else ' class="number"' for index in range(len(header))]
-    head = "".join(f"<th{kind}>{escape(cell)}</th>" for kind, cell in zip(kinds, header, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td{kind} data-label="{escape(name)}">{cell}</td>'
-            for kind, name, cell in zip(kinds, header, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    name = ' class="stacked"' if stacked else ""
-    return f'<div class="wide"><table{name}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _plot(figure: go.Figure, name: str) -> str:
