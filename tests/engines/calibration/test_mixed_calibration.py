@@ -97,7 +97,12 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("model", "form"),
-    [("tiny-mixtral", "int8"), ("tiny-mixtral", "fp8-dynamic"), ("tiny-qwen2", "bf16"), ("tiny-qwen2", "fp8-dynamic")],
+    [
+        ("tiny-mixtral", "int8"),
+        pytest.param("tiny-mixtral", "fp8-dynamic", marks=pytest.mark.slow),
+        pytest.param("tiny-qwen2", "bf16", marks=pytest.mark.slow),
+        ("tiny-qwen2", "fp8-dynamic"),
+    ],
 )
 def test_inputs_are_those_of_the_engine(
     model: str, form: FormatName, sequences: list[list[int]], calibrated_on: Seen, tmp_path: Path
