@@ -7,7 +7,7 @@ from typing import Any
 
 from trtbuild.triton_repo.openai.answers import Usage, envelope, gather, number
 from trtbuild.triton_repo.openai.schemas import ChatBody, NamedToolChoice
-from trtbuild.triton_repo.openai.streaming import event
+from trtbuild.triton_repo.openai.streaming import chunk_events
 from trtbuild.triton_repo.openai.tool_calls import CallArguments, CallStart, Event, Text, ToolCallParser
 from trtbuild.triton_repo.openai.wire import Piece
 
@@ -24,16 +24,9 @@ async def whole_chat(body: ChatBody, pieces: AsyncIterator[Piece]) -> dict[str, 
     return envelope("chatcmpl", "chat.completion", body.model) | {"choices": choices, "usage": usage.to_dict()}
 
 
-async def chat_events(body: ChatBody, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+def chat_events(body: ChatBody, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
     """Server-sent chat.completion.chunk objects; `first` is the piece that was waited for."""
-    stream = _ChatStream(body)
-    for chunk in stream.chunks(first):
-        yield event(chunk)
-    async for piece in pieces:
-        for chunk in stream.chunks(piece):
-            yield event(chunk)
-    if stream.include_usage:
-        yield event(stream.last())
+    return chunk_events(_ChatStream(body), first, pieces)
 
 
 class _Choice:

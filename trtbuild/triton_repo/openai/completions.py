@@ -7,7 +7,7 @@ from typing import Any
 
 from trtbuild.triton_repo.openai.answers import Usage, envelope, gather, number
 from trtbuild.triton_repo.openai.schemas import CompletionBody
-from trtbuild.triton_repo.openai.streaming import event
+from trtbuild.triton_repo.openai.streaming import chunk_events
 from trtbuild.triton_repo.openai.wire import Piece
 
 
@@ -26,16 +26,9 @@ async def whole_completion(body: CompletionBody, pieces: AsyncIterator[Piece]) -
     return envelope("cmpl", "text_completion", body.model) | {"choices": choices, "usage": usage.to_dict()}
 
 
-async def completion_events(body: CompletionBody, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+def completion_events(body: CompletionBody, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
     """Server-sent text_completion objects; `first` is the piece that was waited for."""
-    stream = _CompletionStream(body)
-    for chunk in stream.chunks(first):
-        yield event(chunk)
-    async for piece in pieces:
-        for chunk in stream.chunks(piece):
-            yield event(chunk)
-    if stream.include_usage:
-        yield event(stream.last())
+    return chunk_events(_CompletionStream(body), first, pieces)
 
 
 class Logprobs:

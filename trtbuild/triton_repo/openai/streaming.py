@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from trtbuild.triton_repo.openai.errors import ApiError, ClientGone
+from trtbuild.triton_repo.openai.wire import Piece
 
 T = TypeVar("T")
 
@@ -21,6 +22,27 @@ _EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 def event(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n\n"
+
+
+class ChunkStream(Protocol):
+    """One answer of an interface: what of it each piece shows, and the usage at the end where that is wanted."""
+
+    include_usage: bool
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]: ...
+
+    def last(self) -> dict[str, Any]: ...
+
+
+async def chunk_events(stream: ChunkStream, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    """A server-sent event for each chunk; `first` is the piece that was waited for."""
+    for chunk in stream.chunks(first):
+        yield event(chunk)
+    async for piece in pieces:
+        for chunk in stream.chunks(piece):
+            yield event(chunk)
+    if stream.include_usage:
+        yield event(stream.last())
 
 
 async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
