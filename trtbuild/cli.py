@@ -130,6 +130,7 @@ def convert(
 @pool_options
 @force_option
 @click.option("--no-fit-check", is_flag=True, help="Try it though this machine's memory or disk will not do.")
+@click.option("--dry-run", is_flag=True, help="With --builder tensorrt-llm: print the files and commands, do nothing.")
 @json_option
 def compile(
     model: str,
@@ -140,6 +141,7 @@ def compile(
     ray_address: str | None,
     force: bool,
     no_fit_check: bool,
+    dry_run: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -151,8 +153,11 @@ def compile(
     from trtbuild.report import print_engine
     from trtbuild.workspace import Workspace
 
-    place = Workspace(workspace)
-    job = Job.resolve(_recipe(model, flags), sources=place.sources, device=device, progress=terminal_progress)
+    place, recipe = Workspace(workspace), _recipe(model, flags)
+    if dry_run:
+        _print_dry_run(recipe, as_json)
+        return
+    job = Job.resolve(recipe, sources=place.sources, device=device, progress=terminal_progress)
     job = job.settle(place, terminal_progress)
     with open_pool(executor, ray_address, workspace, workers) as pool:
         report, memory = compile_watched(
@@ -160,6 +165,17 @@ def compile(
             workers=workers, force=force, fit_check=not no_fit_check, progress=terminal_progress, pool=pool,
         )  # fmt: skip
     print_engine(report, memory, as_json)
+
+
+def _print_dry_run(recipe: Any, as_json: bool) -> None:
+    from trtbuild.engines.compile import Job
+    from trtbuild.engines.tensorrt_llm.builder import TrtllmJob
+    from trtbuild.engines.tensorrt_llm.dry_run import dry_run, dry_run_facts
+
+    if recipe.builder != "tensorrt-llm":
+        raise click.UsageError("--dry-run goes with --builder tensorrt-llm; trtbuild plan says what another one takes")
+    resolved = TrtllmJob.resolve(Job.resolve(recipe, weights=False))
+    click.echo(json.dumps(dry_run_facts(resolved), indent=1) if as_json else dry_run(resolved))
 
 
 def _recipe(model: str, flags: dict[str, Any]) -> Any:

@@ -46,7 +46,20 @@ def recipe_options(command: F) -> F:
             callback=lambda _, __, value: value or None,
             help="PEFT adapter to merge into the weights; repeatable.",
         ),
+        click.option(
+            "--builder",
+            type=click.Choice(["tensorrt-rtx", "tensorrt-llm"]),
+            help="tensorrt-llm: trtllm-build of 1.0 to 1.2, on a GPU.  [default: tensorrt-rtx]",
+        ),
+        click.option(
+            "--trtllm",
+            multiple=True,
+            metavar="FLAG=VALUE",
+            callback=lambda _, __, value: value or None,
+            help="A flag of trtllm-build, e.g. tokens_per_block=64; repeatable.",
+        ),
     ]
+    # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
@@ -54,7 +67,6 @@ def recipe_options(command: F) -> F:
 
 def engine_options(command: F) -> F:
     options = [
-        click.option("--builder", type=click.Choice(["tensorrt-rtx"]), help="[default: tensorrt-rtx]"),
         click.option("--target", help="Compute capabilities, e.g. sm89,sm120.  [default: all that can]"),
         click.option("--max-batch-size", type=int, metavar="N", help="[default: 8]"),
         click.option("--max-input-len", type=int, metavar="N", help="[default: max-seq-len - 1]"),

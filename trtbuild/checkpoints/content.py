@@ -69,6 +69,13 @@ class Digest:
     def hex(self) -> str:
         return self._state.hexdigest()
 
+    @classmethod
+    def of(cls, data: torch.Tensor | bytes | memoryview) -> str:
+        """Digest of one piece of data."""
+        digest = cls()
+        digest.update(data)
+        return digest.hex()
+
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
@@ -78,8 +85,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the blocks of rows in which a tensor of this shape is worked on."""
-    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+    """(start, stop) of the blocks of rows in which a tensor of this shape is worked on; each begins at an even one."""
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])) // 2) * 2
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 import trtbuild
-from trtbuild.checkpoints.content import ALGORITHM, changed_tensors, stack_digest
+from trtbuild.checkpoints.content import ALGORITHM, Digest, changed_tensors, stack_digest
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, FORMAT_VERSION, RankCheckpoint, plan_stacks
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
-from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
+from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter, constant_values
 from trtbuild.checkpoints.remote_units import Conversion, run_on_pool, source_bytes
 from trtbuild.checkpoints.shards import fill_unit
 from trtbuild.checkpoints.source import CheckpointSource
@@ -279,8 +279,10 @@ def rank_digests(plans: list[RankPlan], records: list[UnitRecord]) -> list[dict[
     ranks: list[dict[str, str]] = []
     for rank, plan in enumerate(plans):
         stacks = plan_stacks(plan)
-        ranks.append({})
+        ranks.append({c.spec.name: Digest.of(constant_values(c)) for c in plan.constants})
         for spec in plan.tensors():
+            if spec.name in ranks[rank]:
+                continue
             key, count = f"rank{rank}/{spec.name}", stacks.get(spec.name)
             ranks[rank][spec.name] = (
                 parts[key] if count is None else stack_digest(parts[f"{key}/{expert}"] for expert in range(count))
@@ -300,7 +302,7 @@ def _write_configs(
     authority = {
         "format": FORMAT_VERSION,
         "trtbuild": trtbuild.__version__,
-        "dialect": "tensorrt-rtx",
+        "dialect": precision.dialect,
         "source": {
             "model": source.model, "revision": source.revision, "digest": source.digest, "tensors": found["source"],
         },

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trtbuild.checkpoints.precision import LinearForm
-from trtbuild.checkpoints.quantization import QuantizedWeight, pack_int4
+from trtbuild.checkpoints.quantization import QuantizedWeight, pack_int4, pack_int4_rows
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.errors import Refused
@@ -62,7 +62,8 @@ def _keep_groups(block: QuantizedWeight, rows: slice, columns: range, linear: Li
     dtype = torch_dtype(linear.dtype)
     # A group of nothing but zeros may have any finite scale: tools store the smallest that they know.
     used = (values.unflatten(1, (len(chosen), -1)) != zeros.unsqueeze(-1)).any(-1)
-    tensors = {"weight": pack_int4(values), "weights_scaling_factor": _stored(scales, dtype, used, source)}
+    packed = pack_int4_rows(values) if linear.packs_rows else pack_int4(values)
+    tensors = {"weight": packed, "weights_scaling_factor": _stored(scales, dtype, used, source)}
     if linear.form.zeros:
         tensors["zero"] = _stored(-(scales.float() * zeros.float()), dtype, used, source)
     return KeptRows(tensors, scales)

@@ -17,6 +17,12 @@ PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 # Precisions whose values follow from activations, which a calibration has to see. (fp8's activation scales do too.)
 CALIBRATED: dict[PrecisionName, FormatName] = {"int4-awq": "int4", "int4-gptq": "int4", "auto": "int4"}
 
+# Whose rank tensors: those of our own network, or those that trtllm-build reads.
+Dialect = Literal["tensorrt-rtx", "tensorrt-llm"]
+# TensorRT-LLM quantizes these itself while it builds, from 16-bit weights: it permutes them for the GPU at hand, and a
+# checkpoint that was quantized before would be right on one architecture and garbage on another.
+DEFERRED: dict[PrecisionName, str] = {"int8": "W8A16", "int4": "W4A16"}
+
 # Groups that TensorRT-RTX's block dequantization compiles for, in the order in which we prefer them.
 INT4_GROUPS = (128, 64, 32, 16)
 
@@ -49,12 +55,16 @@ class Precision:
 
     Router, norms, embeddings and lm_head always stay in `dtype` (the router in float32, as TensorRT-LLM keeps it).
     `modules` are the linear layers (global names) that are held otherwise than `weights` says: all of them where it
-    says "auto" or the checkpoint was quantized before.
+    says "auto" or the checkpoint was quantized before. `group_size` bounds all int4 groups, `fp8_cache` asks for a
+    scale of the KV cache; both are for the dialect `tensorrt-llm` alone.
     """
 
     weights: PrecisionName
     dtype: Literal["bf16", "fp16"]
     modules: tuple[tuple[str, LinearForm], ...] = ()
+    dialect: Dialect = "tensorrt-rtx"
+    group_size: int | None = None
+    fp8_cache: bool = False
     _forms: Mapping[str, LinearForm] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,8 +82,10 @@ class Precision:
         return cls(**{**data, "modules": modules})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `modules` only where there are any."""
+        """JSON-able; without what is as it mostly is."""
         data: dict[str, Any] = {"weights": self.weights, "dtype": self.dtype}
+        if self.dialect != "tensorrt-rtx":
+            data |= {"dialect": self.dialect, "group_size": self.group_size, "fp8_cache": self.fp8_cache}
         default = LinearForm("bf16")
         if self.modules:
             data["modules"] = {
@@ -88,7 +100,16 @@ class Precision:
 
     def form_of(self, linear: str) -> LinearForm:
         """How the linear layer of this global name is held."""
-        return self._forms.get(linear) or LinearForm(as_format(self.weights))
+        if linear in self._forms:
+            return self._forms[linear]
+        if self.is_deferred:
+            return LinearForm(self.dtype)
+        return LinearForm(as_format(self.weights), self.group_size)
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether weights are held in 16 bit because the builder quantizes them."""
+        return self.dialect == "tensorrt-llm" and self.weights in DEFERRED and not self.modules
 
     @property
     def is_quantized(self) -> bool:

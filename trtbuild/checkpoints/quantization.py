@@ -156,6 +156,11 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
     return packed.to(torch.uint8)
 
 
+def pack_int4_rows(values: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in] in [-8, 7] -> int8 [out / 2, in]: pairs of rows, the even one in the low nibble."""
+    return (values[0::2] & 0xF) | (values[1::2] << 4)
+
+
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of `pack_int4`."""
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).to(torch.int8)

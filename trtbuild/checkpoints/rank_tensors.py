@@ -13,10 +13,10 @@ from functools import cached_property
 
 from trtbuild.checkpoints.layout import RankLayout
 from trtbuild.checkpoints.model_config import MlaConfig, ModelConfig
-from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, FormatName, LinearForm, Precision, int4_group
+from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Dialect, FormatName, LinearForm, Precision, int4_group
 from trtbuild.errors import Refused
 
-ITEM_SIZE = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+ITEM_SIZE = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class PlainTensor:
 
 
 @dataclass(frozen=True)
+class ConstantTensor:
+    """A rank tensor of one value everywhere."""
+
+    spec: TensorSpec
+    value: float
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear layer on one rank: `[out_features, in_features]`, or a stack of `num_experts` of them.
 
@@ -76,6 +84,7 @@ class Linear:
     num_experts: int | None = None
     first_expert: int = 0
     bias_pieces: tuple[Piece, ...] = ()
+    dialect: Dialect = "tensorrt-rtx"
 
     @property
     def precision(self) -> FormatName:
@@ -97,7 +106,7 @@ class Linear:
         return int4_group(self.in_features, self.global_name, self.form.group_size)
 
     def tensors(self) -> list[TensorSpec]:
-        """Rank tensors in the `tensorrt-rtx` dialect (see `build/README.md`)."""
+        """Rank tensors (see `build/README.md`), apart from constants."""
         stack = () if self.num_experts is None else (self.num_experts,)
         weight_dtype, columns = {
             "fp8": ("F8_E4M3", self.in_features),
@@ -106,12 +115,25 @@ class Linear:
             "int4": ("U8", self.in_features // 2),
         }.get(self.precision, (self.dtype, self.in_features))
         weight = TensorSpec(f"{self.name}.weight", weight_dtype, (*stack, self.out_features, columns))
+        if self.packs_rows:
+            weight = TensorSpec(weight.name, "I8", (*stack, self.out_features // 2, self.in_features))
         specs = [weight, *self._scales(stack)]
         if self.form.order:
             specs.append(TensorSpec(f"{self.name}.input_order", "I32", (self.in_features,)))
         if self.has_bias:
             specs.append(TensorSpec(f"{self.name}.bias", self.dtype, (self.out_features,)))
         return specs
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a byte holds two int4 values of one column, the even row's in the low nibble, as ModelOpt's AWQ."""
+        return self.precision == "int4" and self.dialect == "tensorrt-llm"
+
+    def constants(self) -> Iterator[ConstantTensor]:
+        """AWQ's scales of the input: ones, since ours are folded into what comes before, but TensorRT-LLM wants them."""
+        if self.packs_rows:
+            shape = (self.in_features,)
+            yield ConstantTensor(TensorSpec(f"{self.name}.prequant_scaling_factor", self.dtype, shape), 1.0)
 
     def _scales(self, stack: tuple[int, ...]) -> Iterator[TensorSpec]:
         if self.precision == "fp8":
@@ -138,9 +160,11 @@ class RankPlan:
     layers: range
     plain: tuple[PlainTensor, ...]
     linears: tuple[Linear, ...]
+    constants: tuple[ConstantTensor, ...] = ()
 
     def tensors(self) -> list[TensorSpec]:
-        return [t.spec for t in self.plain] + [spec for linear in self.linears for spec in linear.tensors()]
+        whole = [tensor.spec for tensor in (*self.plain, *self.constants)]
+        return whole + [spec for linear in self.linears for spec in linear.tensors()]
 
     def cache_shapes(self) -> dict[str, tuple[int, int]]:
         """(heads, width) of each KV cache that one decoder layer keeps on this rank, by the cache's name.
@@ -164,18 +188,21 @@ def plan_rank(config: ModelConfig, layout: RankLayout, precision: Precision) -> 
     dtype = SAFETENSORS_16BIT[precision.dtype]
     plain = list(_outer_tensors(config, layout, dtype))
     linears: list[Linear] = []
+    constants: list[ConstantTensor] = []
     for local, layer in enumerate(layers):
         builder = _LayerBuilder(config, layout, precision, dtype, local, layer)
         plain += builder.plain()
         linears += builder.linears()
+        constants += builder.constants()
     for linear in linears:
+        constants += linear.constants()
         _ = linear.group_size  # Refuses here, before any work.
         if linear.form.order and any(piece.columns is not None for piece in linear.pieces) and layout.layout.tp > 1:
             raise Refused(
                 f"{linear.global_name}: the checkpoint's GPTQ groups are in act-order, so that a group's inputs lie on "
                 "several ranks; use --tp 1, or a --precision that encodes it again"
             )
-    return RankPlan(config, layout, precision, layers, tuple(plain), tuple(linears))
+    return RankPlan(config, layout, precision, layers, tuple(plain), tuple(linears), tuple(constants))
 
 
 def _whole(name: str, dtype: str, source: str, *shape: int) -> PlainTensor:
@@ -221,6 +248,12 @@ class _LayerBuilder:
             yield self._replicated("mlp.router.weight", "router", config.moe.num_experts, hidden, dtype="F32")
             if config.moe.shared_gate:
                 yield self._replicated("mlp.shared_expert_gate.weight", "shared_gate", 1, hidden)
+
+    def constants(self) -> Iterator[ConstantTensor]:
+        """The scale of an fp8 KV cache: 1, as upstream's converters write it; values beyond 448 would be clipped."""
+        if self.precision.fp8_cache:
+            name = f"transformer.layers.{self.local}.attention.kv_cache_scaling_factor"
+            yield ConstantTensor(TensorSpec(name, "F32", (1,)), 1.0)
 
     def linears(self) -> Iterator[Linear]:
         yield from self._latent_attention(self.config.mla) if self.config.mla else self._attention()
@@ -324,6 +357,7 @@ class _LayerBuilder:
             num_experts=len(experts) if experts is not None else None,
             first_expert=experts.start if experts is not None else 0,
             bias_pieces=bias_pieces,
+            dialect=self.precision.dialect,
         )
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from trtbuild.checkpoints.content import Digest, file_digest, raw_bytes
 from trtbuild.checkpoints.rank_checkpoint import rank_file
-from trtbuild.checkpoints.rank_tensors import RankPlan
-from trtbuild.checkpoints.safetensors_file import layout_header
+from trtbuild.checkpoints.rank_tensors import ConstantTensor, RankPlan
+from trtbuild.checkpoints.safetensors_file import layout_header, torch_dtype
 from trtbuild.checkpoints.work_units import Unit
 from trtbuild.errors import Refused
 from trtbuild.units import format_bytes
@@ -24,11 +24,18 @@ if TYPE_CHECKING:
     import torch
 
 
+def constant_values(constant: ConstantTensor) -> torch.Tensor:
+    import torch
+
+    return torch.full(constant.spec.shape, constant.value, dtype=torch_dtype(constant.spec.dtype))
+
+
 class RankFiles:
     """Rank files at full length in `directory`; a context manager that closes them."""
 
     def __init__(self, directory: Path, plans: list[RankPlan]) -> None:
         self._directory = directory
+        self._constants = [plan.constants for plan in plans]
         self._specs = [{spec.name: spec for spec in plan.tensors()} for plan in plans]
         headers = [layout_header(specs.values(), {"format": "pt"}) for specs in self._specs]
         self._headers = [header for header, _ in headers]
@@ -42,6 +49,10 @@ class RankFiles:
     def __enter__(self) -> RankFiles:
         files = [self._directory / rank_file(rank) for rank in range(len(self._specs))]
         self._descriptors = [os.open(file, os.O_RDWR) for file in files]
+        for rank, constants in enumerate(self._constants):
+            for constant in constants:
+                start, _, _ = self.place(rank, constant.spec.name, None)
+                self.write_at(rank, start, raw_bytes(constant_values(constant)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

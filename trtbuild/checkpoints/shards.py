@@ -177,7 +177,9 @@ class _Filling:
             assert part.linear is not None and part.layer is not None
             rows = keep_rows(block, whole, part.piece.columns, part.linear, part.piece.source)
             for role, tensor in rows.tensors.items():
-                self._destination.write(part.rank, f"{part.name}.{role}", part.piece.expert, row, tensor)
+                # Where two rows are packed into one, so are the rows before them.
+                first = row * len(tensor) // (whole.stop - whole.start)
+                self._destination.write(part.rank, f"{part.name}.{role}", part.piece.expert, first, tensor)
             self._layers[part.layer].add_scales(rows.scales)
             if rows.one_scale is not None:
                 self._weight_amax[part.layer] = rows.one_scale * FP8_MAX
@@ -222,6 +224,9 @@ def fill_from(
 ) -> list[dict[str, torch.Tensor]]:
     """Every rank's tensors in memory, by name: for calibration, one layer at a time, and for tests."""
     ranks = [{s.name: torch.zeros(s.shape, dtype=torch_dtype(s.dtype)) for s in plan.tensors()} for plan in plans]
+    for tensors, plan in zip(ranks, plans, strict=True):
+        for constant in plan.constants:
+            tensors[constant.spec.name].fill_(constant.value)
     for unit in cut_into_units(plans):
         fill_unit(unit, source, _InMemory(ranks), amax or {})
     return ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig, MoeConfig
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import DEFERRED, Precision
 from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -16,6 +16,8 @@ _QUANT_ALGOS = {
     "bf16": None, "fp16": None, "fp8": "FP8", "fp8-dynamic": "FP8_PER_CHANNEL_PER_TOKEN", "int8": "W8A16",
     "int4": "W4A16",
 }  # fmt: skip
+# What its rowwise fp8 clips activations to (models/convert_utils.py's fbgemm recipe).
+_ROWWISE_CLAMP = (-1200.0, 1200.0)
 # TensorRT-LLM's own default list of modules that stay unquantized (QuantConfig.exclude_modules = None).
 _EXCLUDED = [
     "*lm_head",
@@ -62,7 +64,7 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
             "tp_size": layout.tp, "pp_size": layout.pp,
             "moe_tp_size": layout.moe_tp, "moe_ep_size": layout.moe_ep,
         },
-        "quantization": _quantization_section(config, layout, precision),
+        "quantization": quantization_section(config, layout, precision),
     }  # fmt: skip
     if config.family.startswith("qwen"):
         sizes = (config.moe.intermediate_size, config.moe.shared_intermediate_size) if config.moe else (0, 0)
@@ -84,12 +86,14 @@ def tensorrt_llm_config(config: ModelConfig, layout: Layout, precision: Precisio
     return result
 
 
-def _quantization_section(config: ModelConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
+def quantization_section(config: ModelConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
     """`quantization` as QuantConfig reads it, or as LayerQuantConfig where layers differ.
 
     Our own builders read trtbuild.json. What TensorRT-LLM has no field for (act-order, a static fp8 scale for each row)
     shows in the tensors' names only.
     """
+    if precision.dialect == "tensorrt-llm":
+        return _dialect_section(config, layout, precision)
     if not precision.modules and precision.weights in _QUANT_ALGOS:
         return _algorithm(_QUANT_ALGOS[precision.weights])
     # The first rank of each pipeline stage has the stage's layers.
@@ -101,6 +105,29 @@ def _quantization_section(config: ModelConfig, layout: Layout, precision: Precis
         return first
     quantized = {name: section for name, section in layers.items() if section["quant_algo"]}
     return {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": quantized}
+
+
+def _dialect_section(config: ModelConfig, layout: Layout, precision: Precision) -> dict[str, Any]:
+    """`quantization` of a checkpoint for trtllm-build, whose layers have one algorithm or none."""
+    ranks = [layout.rank(rank) for rank in range(0, layout.world_size, layout.tp)]
+    linears = [linear for rank in ranks for linear in plan_rank(config, rank, precision).linears]
+    found = {linear.precision: linear for linear in linears if linear.is_quantized}
+    if precision.is_deferred:
+        section = _algorithm(DEFERRED[precision.weights])
+        # 1.x compares these with names of tensors here, where `*shared_expert_gate` matches none.
+        section["exclude_modules"] = [*_EXCLUDED[:-1], "*shared_expert_gate*"]
+    elif found:
+        [linear] = found.values()
+        section = _layer_algorithm(linear)
+        plain = [f"*{linear.global_name}" for linear in linears if not linear.is_quantized]
+        section["exclude_modules"] = [*_EXCLUDED, *plain]
+        if linear.packs_rows:
+            section["pre_quant_scale"] = True
+        if linear.precision == "fp8-dynamic":
+            section["clamp_val"] = list(_ROWWISE_CLAMP)
+    else:
+        section = _algorithm(None)
+    return section | {"kv_cache_quant_algo": "FP8" if precision.fp8_cache else None}
 
 
 def _algorithm(quant_algo: str | None, group_size: int = 128, has_zero_point: bool = False) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt.builder import build_plans
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, engine_segments, library_version, plan_tasks
 from trtbuild.engines.tensorrt.targets import MIN_SM, resolve_targets
+from trtbuild.engines.tensorrt_llm.fit import check_names, for_tensorrt_llm
 from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.pools import Pool
 from trtbuild.progress import ProgressFactory, no_progress
@@ -89,7 +90,11 @@ class Job:
         precision = resolve_precision(recipe.precision, source, weights=needed)
         recipe = recipe.model_copy(update={"precision": precision.weights})
         refuse_all("recipe", _problems(recipe, config, precision))
-        targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
+        if recipe.builder == "tensorrt-llm":
+            precision = for_tensorrt_llm(precision, config, layout, recipe.kv_cache)
+            targets = check_names(recipe.target)
+        else:
+            targets = resolve_targets(recipe.target, precision, moe=config.moe is not None)
         job = cls(recipe, source, layout, precision, _limits(recipe, config), targets, device=computes)
         if recipe.plan_only and any(linear.precision == "int4" for plan in job.plans for linear in plan.linears):
             raise Refused(
@@ -210,7 +215,7 @@ def compile_engine(
         if directory is not None:
             if checkpoint:
                 _link_weights(checkpoint, directory)
-            _copy_companions(job.source, directory)
+            copy_companions(job.source, directory)
             built = _build_plans(job, checkpoint, directory / PLAN_DIRECTORY, workers, progress, pool)
             write_json(directory / PASSPORT, _passport(job, checkpoint, directory, built))
     passport = Passport.open(final)
@@ -235,16 +240,7 @@ def _warm(passport: Passport) -> str | None:
 
 
 def _problems(recipe: Recipe, config: ModelConfig, resolved: Precision) -> Iterator[str]:
-    if recipe.kv_cache == "fp8":
-        yield (
-            "--kv-cache fp8: TensorRT-RTX's KV cache update takes float, half and bfloat16 caches only, and a cache "
-            "that is dequantized around it saves no memory; use --kv-cache auto"
-        )
-    elif recipe.kv_cache not in ("auto", resolved.dtype):
-        yield (
-            f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; "
-            f"use auto, or --precision {recipe.kv_cache}"
-        )
+    yield from _builder_problems(recipe, resolved)
     precision = resolved.weights
     if recipe.plan_only and recipe.embed_weights:
         yield "--plan-only compiles without weights, but --embed-weights puts them into the plan; leave one of them out"
@@ -266,6 +262,28 @@ def _problems(recipe: Recipe, config: ModelConfig, resolved: Precision) -> Itera
         yield f"--max-input-len {recipe.max_input_len} leaves no room for an answer in --max-seq-len {limit}"
     if recipe.moe_form != "auto" and config.moe is None:
         yield f"--moe-form {recipe.moe_form}: {config.architecture} has no experts"
+
+
+def _builder_problems(recipe: Recipe, resolved: Precision) -> Iterator[str]:
+    """What one builder has and the other has not."""
+    if recipe.builder == "tensorrt-llm":
+        ours = ("segment_layers", "chunk_size", "embed_weights", "plan_only")
+        given = [name for name in ours if getattr(recipe, name)] + ["moe_form"] * (recipe.moe_form != "auto")
+        for name in given:
+            yield f"--{name.replace('_', '-')} is for --builder tensorrt-rtx; trtllm-build has its own ([trtllm])"
+        return
+    if recipe.trtllm:
+        yield f"[trtllm] ({', '.join(recipe.trtllm)}) is for --builder tensorrt-llm"
+    if recipe.kv_cache == "fp8":
+        yield (
+            "--kv-cache fp8: TensorRT-RTX's KV cache update takes float, half and bfloat16 caches only, and a cache "
+            "that is dequantized around it saves no memory; use --kv-cache auto, or --builder tensorrt-llm"
+        )
+    elif recipe.kv_cache not in ("auto", resolved.dtype):
+        yield (
+            f"--kv-cache {recipe.kv_cache}: the cache has the model's 16-bit type; "
+            f"use auto, or --precision {recipe.kv_cache}"
+        )
 
 
 def _longest_sequence(config: ModelConfig) -> int:
@@ -297,7 +315,7 @@ def _link_weights(checkpoint: RankCheckpoint, target: Path) -> None:
             shutil.copyfile(checkpoint.directory / name, target / name)
 
 
-def _copy_companions(source: CheckpointSource, directory: Path) -> None:
+def copy_companions(source: CheckpointSource, directory: Path) -> None:
     """Tokenizer, generation config, and config.json, by which transformers picks the tokenizer; licence, model card."""
     folders = {TOKENIZER_DIRECTORY: ("config.json", *COMPANION_FILES), MODEL_CARD_DIRECTORY: LEGAL_FILES}
     for folder, names in folders.items():
@@ -348,8 +366,8 @@ def _kv_cache(plan: RankPlan) -> dict[str, Any]:
     }
 
 
-def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, built: dict[str, Any]) -> dict[str, Any]:
-    manifest = checkpoint.authority["tensors"] if checkpoint else None
+def common_passport(job: Job, checkpoint: RankCheckpoint | None) -> dict[str, Any]:
+    """What a passport says of every builder's engines."""
     return {
         "format": FORMAT_VERSION,
         "name": job.recipe.engine_name,
@@ -365,12 +383,18 @@ def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, buil
         "layout": asdict(job.layout),
         "precision": job.precision.to_dict(),
         "limits": asdict(job.limits),
-        "targets": list(job.targets),
-        "kv_cache": [_kv_cache(plan) for plan in job.plans],
-        **built,
-        "tensors": manifest,
+        "tensors": checkpoint.authority["tensors"] if checkpoint else None,
         "mixture": job.mixture,
         "notes": checkpoint.authority["notes"] if checkpoint else [],
         "accuracy": None,
-        "digests": file_digests(directory, job.layout, built["plans"], weights=checkpoint is not None),
     }  # fmt: skip
+
+
+def _passport(job: Job, checkpoint: RankCheckpoint | None, directory: Path, built: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **common_passport(job, checkpoint),
+        "targets": list(job.targets),
+        "kv_cache": [_kv_cache(plan) for plan in job.plans],
+        **built,
+        "digests": file_digests(directory, job.layout, built["plans"], weights=checkpoint is not None),
+    }

@@ -28,6 +28,9 @@ from trtbuild.workspace import digest_of, read_json, write_json
 FORMAT_VERSION = 2
 PASSPORT = "engine.json"
 PLAN_DIRECTORY = "plans"
+# Of TensorRT-LLM's engines.
+_ENGINE_FILES = "rank*.engine"
+_ENGINE_CONFIG = "config.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 MODEL_CARD_DIRECTORY = "model_card"
 
@@ -83,7 +86,12 @@ class Passport:
     @property
     def has_weights(self) -> bool:
         """False for an engine of `--plan-only`."""
-        return bool(self.data["digests"]["weights"])
+        return bool(self.data["digests"]["weights"] or self.data["digests"].get("engines"))
+
+    @property
+    def builder_name(self) -> str:
+        """tensorrt-rtx, tensorrt or tensorrt-llm."""
+        return self.data["builder"]["name"]
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -110,6 +118,11 @@ class Passport:
 
     def check_runnable(self) -> None:
         """Raises Refused for an engine without weights."""
+        if self.builder_name == "tensorrt-llm":
+            raise Refused(
+                f"{self.name} is an engine of TensorRT-LLM, which runs inside Triton's tensorrtllm backend alone: "
+                f"trtbuild package {self.name}, then trtbuild serve in its container"
+            )
         if not self.has_weights:
             command = self.rebuild.replace(" --plan-only", "")
             raise Refused(f"{self.name} was compiled with --plan-only and has no weights; to run it: {command} --force")
@@ -121,8 +134,8 @@ class Passport:
             if not isinstance(files, dict):
                 continue
             for file, digest in files.items():
-                if found[group].get(file) != digest:
-                    state = "is missing" if file not in found[group] else "differs from what was built"
+                if found.get(group, {}).get(file) != digest:
+                    state = "is missing" if file not in found.get(group, {}) else "differs from what was built"
                     raise CheckpointError(f"{self.directory}: {file} {state}; rebuild: {self.rebuild} --force")
 
 
@@ -169,7 +182,16 @@ def file_digests(
         "plans": {name: _sha256(directory / name) for name in plan_files if (directory / name).is_file()},
         "tokenizer": _digests_in(directory, TOKENIZER_DIRECTORY),
         "model_card": _digests_in(directory, MODEL_CARD_DIRECTORY),
+        **_engine_digests(directory),
     }
+
+
+def _engine_digests(directory: Path) -> dict[str, dict[str, str]]:
+    """TensorRT-LLM's files, where it built the engine."""
+    engines = sorted(directory.glob(_ENGINE_FILES))
+    if not engines:
+        return {}
+    return {"engines": {file.name: _sha256(file) for file in (*engines, directory / _ENGINE_CONFIG)}}
 
 
 def _digests_in(directory: Path, folder: str) -> dict[str, str]:

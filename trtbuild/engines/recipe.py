@@ -51,6 +51,7 @@ class Recipe(BaseModel):
     moe_form: Literal["auto", "conditional", "routed", "dense"] = "auto"
     embed_weights: bool = False
     plan_only: bool = False
+    trtllm: dict[str, str | int | bool] = Field(default_factory=dict)
 
     @field_validator("target", mode="before")
     @classmethod
@@ -68,6 +69,17 @@ class Recipe(BaseModel):
     def _bytes(cls, value: Any) -> Any:
         """As on the command line: 22GiB."""
         return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("trtllm", mode="before")
+    @classmethod
+    def _flags(cls, value: Any) -> Any:
+        """As on the command line: NAME=VALUE; true and false are a switch's."""
+        if not isinstance(value, tuple):
+            return value
+        pairs = [str(text).partition("=") for text in value]
+        if not all(name and sign for name, sign, _ in pairs):
+            raise ValueError("must be NAME=VALUE, such as tokens_per_block=64")
+        return {name.strip().replace("-", "_"): _from_text(text.strip()) for name, _, text in pairs}
 
     @field_validator("max_loss", mode="before")
     @classmethod
@@ -98,6 +110,9 @@ class Recipe(BaseModel):
         if unknown or "model" not in content:
             problem = f"unknown key {unknown[0]!r}" if unknown else "no model"
             raise Refused(f"recipe {file}: {problem}; keys: {', '.join(cls.model_fields)}")
+        if isinstance(content.get("trtllm"), dict) and overrides.get("trtllm"):
+            given = cls.create(model="any", trtllm=overrides.pop("trtllm")).trtllm
+            content["trtllm"] |= given
         return cls.create(**{**content, **overrides})
 
     @classmethod
@@ -137,13 +152,25 @@ class Recipe(BaseModel):
         words = ["trtbuild", "compile", self.model]
         for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            if field == "model" or value == info.default:
+            if field == "model" or value == info.get_default(call_default_factory=True):
                 continue
             flag = "--" + field.replace("_", "-")
             if isinstance(value, bool):
                 words.append(flag)
             elif field == "lora":
                 words += [word for adapter in value for word in (flag, adapter)]
+            elif field == "trtllm":
+                words += [word for name, given in value.items() for word in (flag, f"{name}={_as_text(given)}")]
             else:
                 words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
         return shlex.join(words)
+
+
+def _from_text(text: str) -> str | int | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isdecimal() else text
+
+
+def _as_text(value: str | int | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

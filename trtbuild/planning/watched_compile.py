@@ -7,6 +7,7 @@ from typing import Any
 
 from trtbuild.checkpoints.convert import default_workers
 from trtbuild.engines.compile import CompileReport, Job, compile_engine
+from trtbuild.engines.tensorrt_llm.builder import compile_trtllm
 from trtbuild.planning.host import HostForecaster, Range, check_host
 from trtbuild.planning.peak_memory import PeakMemory
 from trtbuild.pools import Pool
@@ -46,6 +47,7 @@ def compile_watched(
         forecast = replace(forecast, memory=here)
     if fit_check:
         check_host(job, workspace, forecast)
+    build = compile_trtllm if job.recipe.builder == "tensorrt-llm" else compile_engine
     with PeakMemory() as peak:
-        report = compile_engine(job, workspace, workers=workers, force=force, progress=progress, pool=pool)
+        report = build(job, workspace, workers=workers, force=force, progress=progress, pool=pool)
     return report, MemoryReport(peak.num_bytes, forecast.peak if pool is None else None)

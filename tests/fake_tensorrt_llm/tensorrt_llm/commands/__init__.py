@@ -1,0 +1,1 @@
+"""As upstream has it: the commands of the console scripts."""
