@@ -98,6 +98,22 @@ def _gpus() -> list[Finding]:
         pynvml.nvmlShutdown()
 
 
+def _driver() -> str | None:
+    """Version of the NVIDIA driver; None where none answers, or nobody can ask."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return pynvml.nvmlSystemGetDriverVersion()
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _gpu(pynvml: Any, index: int, driver: str) -> Finding:
     from trtbuild.engines.tensorrt.targets import TARGETS
 
@@ -119,10 +135,26 @@ def _tensorrt_rtx() -> Finding:
 
 
 def _tensorrt_llm() -> Finding:
-    version = _installed("tensorrt_llm")
-    if version is None:
-        return Finding("TensorRT-LLM", "info", "not installed; no builder of this version needs it")
-    return Finding("TensorRT-LLM", "ok", version)
+    """Which release, which of NGC's containers that is, and whether the driver is new enough for it."""
+    from trtbuild.containers import container_for, containers_with, find_installed
+
+    here = find_installed()
+    if here.tensorrt_llm is None:
+        newest = container_for("1.2.1")
+        detail = "not installed: --builder tensorrt-llm can plan (--dry-run) but not build here"
+        return Finding("TensorRT-LLM", "info", detail, f"docker run --gpus all -it {newest.image}" if newest else "")
+    container = here.container or container_for(here.tensorrt_llm)
+    tensorrt = f", TensorRT {here.tensorrt}" if here.tensorrt else ""
+    detail = f"{here.tensorrt_llm}{tensorrt}"
+    if container is None:
+        known = ", ".join(dict.fromkeys(one.tensorrt_llm for one in containers_with(tensorrt_llm="1")))
+        return Finding("TensorRT-LLM", "info", f"{detail}: no NGC container has this release; they have {known}")
+    detail += f": {'in' if here.container else 'its container is'} {container.describe()}"
+    driver = _driver()
+    problem = container.driver_problem(driver) if driver else None
+    if problem is not None:
+        return Finding("TensorRT-LLM", "missing", f"{detail}; {problem}")
+    return Finding("TensorRT-LLM", "ok", detail + (f"; driver {driver}" if driver else ""))
 
 
 def _triton() -> Finding:
