@@ -84,6 +84,21 @@ class FakeExecutor:
         return logits_after(history, self.vocab_size)
 
 
+class ProductExecutor(FakeExecutor):
+    """Its prefill also does what a real one does on a CPU: a product of a shape that depends on the chunk's length."""
+
+    def prefill(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        start: int,
+        logits: LogitRows = "last",
+        embeddings: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        torch.mm(torch.ones((len(tokens), 64), dtype=torch.bfloat16), torch.ones((64, 64), dtype=torch.bfloat16))
+        return super().prefill(slot, tokens, start, logits, embeddings)
+
+
 def logits_after(history: Sequence[int], vocab_size: int) -> torch.Tensor:
     """[vocab_size] float32, a hash of the token history."""
     digest = hashlib.blake2b(repr(list(history)).encode(), digest_size=8).digest()
@@ -115,6 +130,11 @@ def load_fake(engine_dir: Path, num_slots: int | None = None, dtype: str | None 
         executor.prefill = _fail  # type: ignore[method-assign]
     tokenizer = AutoTokenizer.from_pretrained(TINY_MIXTRAL)
     return FakeEngine(executor, tokenizer, name=engine_dir.name)
+
+
+def load_products(engine_dir: Path, num_slots: int | None = None, dtype: str | None = None) -> FakeEngine:
+    """Steps that take no time, and chunks of up to 1024 tokens."""
+    return FakeEngine(ProductExecutor(max_seq_len=1100, chunk_size=1024, vocab_size=1024))
 
 
 def _fail(*args: Any, **kwargs: Any) -> None:
