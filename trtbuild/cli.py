@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from trtbuild import __version__
+from trtbuild.cli_export import export
 from trtbuild.cli_migrate import migrate
 from trtbuild.cli_options import (
     device_option,
@@ -318,6 +319,7 @@ def verify(name: str, html: Path | None, workspace: Path, as_json: bool, **given
     check_passed(passport)
 
 
+main.add_command(export)
 main.add_command(migrate)
 main.add_command(package)
 main.add_command(serve)

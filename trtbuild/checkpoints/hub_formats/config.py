@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from trtbuild.checkpoints.hub_formats.compressed_tensors import compressed_problems, read_compressed
 from trtbuild.checkpoints.hub_formats.fp8_formats import fbgemm_problems, fp8_problems, read_fbgemm, read_fp8
 from trtbuild.checkpoints.hub_formats.integer_formats import awq_problems, gptq_problems, read_awq, read_gptq
+from trtbuild.checkpoints.hub_formats.modelopt import modelopt_problems, read_modelopt
 from trtbuild.checkpoints.hub_formats.options import Options
 from trtbuild.checkpoints.hub_formats.scheme import HubQuantization
 
 KEYS = ("quantization_config", "compression_config")
 READ = (
-    "awq (gemm), gptq (4 bits; 8 bits in whole rows), fp8, fbgemm_fp8, and compressed-tensors (pack-quantized, "
-    "float-quantized)"
+    "awq (gemm), gptq (4 bits; 8 bits in whole rows), fp8, fbgemm_fp8, modelopt, and compressed-tensors "
+    "(pack-quantized, float-quantized)"
 )
 
 
@@ -53,6 +54,7 @@ _PROBLEMS: dict[str, Callable[[Options], Iterator[str]]] = {
     "fp8": fp8_problems,
     "fbgemm_fp8": fbgemm_problems,
     "compressed-tensors": compressed_problems,
+    "modelopt": modelopt_problems,
 }
 _READERS: dict[str, Callable[[Options], HubQuantization]] = {
     "awq": read_awq,
@@ -60,4 +62,5 @@ _READERS: dict[str, Callable[[Options], HubQuantization]] = {
     "fp8": read_fp8,
     "fbgemm_fp8": read_fbgemm,
     "compressed-tensors": read_compressed,
+    "modelopt": read_modelopt,
 }

@@ -7,6 +7,7 @@ in an int32. A tensor of shape [] may also be [1].
     GPTQ         X.qweight [in/w, out]   X.qzeros [in/g, out/w]   X.scales [in/g, out]   (X.g_idx [in])
     packed       X.weight_packed [out, in/w]   X.weight_scale [out, in/g]   (X.weight_zero_point [out/w, in/g])
                  (X.weight_g_idx [in])   (X.weight_shape [2])
+    ModelOpt     X.weight [out/2, in] or [out, in]   X.weight_scale [out, in/g] or [out]   (X.pre_quant_scale [in])
     fp8          X.weight [out, in]   X.weight_scale [], or [out, 1]   (X.input_scale [])   (X.input_scale_ub [1])
 """
 
@@ -21,8 +22,11 @@ from trtbuild.checkpoints.source_tensors import Shapes
 
 # A module that has this tensor is quantized.
 _WITNESS: dict[PackingName, str] = {
-    "awq": "qweight", "gptq": "qweight", "packed": "weight_packed", "fp8": "weight",
+    "awq": "qweight", "gptq": "qweight", "packed": "weight_packed",
+    "pairs": "weight", "int8": "weight", "fp8": "weight",
 }  # fmt: skip
+# What tells a quantized `weight` from one that was left in 16 bit.
+_WITNESS_DTYPE: dict[PackingName, str] = {"pairs": "U8", "int8": "I8", "fp8": "F8_E4M3"}
 _FLOATS, _INDEX = ("F16", "BF16", "F32"), ("I32", "I64")
 
 
@@ -71,7 +75,7 @@ def find_modules(
         module = name.removesuffix(".weight")
         scheme = quantization.scheme_of(module)
         witness = entries.get(f"{module}.{_WITNESS[scheme.packing]}")
-        if witness is not None and (scheme.packing != "fp8" or witness.spec.dtype == "F8_E4M3"):
+        if witness is not None and witness.spec.dtype == _WITNESS_DTYPE.get(scheme.packing, witness.spec.dtype):
             roles = frozenset(role for role in _wanted(scheme, *shape) if f"{module}.{role}" in entries)
             found[name] = StoredModule(module, (shape[0], shape[1]), scheme, roles)
     return found
@@ -80,9 +84,9 @@ def find_modules(
 def module_problems(module: StoredModule, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
     """What is missing of a quantized module, or has another type or shape than it must."""
     scheme, (out_features, in_features) = module.scheme, module.shape
-    if scheme.packing != "fp8":
-        per_word = 32 // scheme.bits
-        packed = "output" if scheme.packing == "awq" else "input"
+    if scheme.packing not in ("int8", "fp8"):
+        per_word = 2 if scheme.packing == "pairs" else 32 // scheme.bits
+        packed = "output" if scheme.packing in ("awq", "pairs") else "input"
         if (out_features if packed == "output" else in_features) % per_word:
             yield f"{module.name}: {packed}s of {list(module.shape)} do not fill whole words of {per_word} values"
             return
@@ -126,8 +130,19 @@ def _wanted(scheme: Scheme, out_features: int, in_features: int) -> dict[str, _W
         if not scheme.symmetric:
             wanted["weight_zero_point"] = _Wanted(("I32",), ((out_words, groups),))
         return wanted
+    if scheme.packing == "pairs":
+        return {
+            "weight": _Wanted(("U8",), ((out_features // 2, in_features),)),
+            "weight_scale": _Wanted(_FLOATS, ((out_features, groups),)),
+            "pre_quant_scale": _Wanted(_FLOATS, ((in_features,),), required=False),
+        }
     one = ((), (1,), (1, 1))
     rows = ((out_features, 1), (out_features,))
+    if scheme.packing == "int8":
+        return {
+            "weight": _Wanted(("I8",), ((out_features, in_features),)),
+            "weight_scale": _Wanted(_FLOATS, rows),
+        }
     wanted = {
         "weight": _Wanted(("F8_E4M3",), ((out_features, in_features),)),
         "weight_scale": _Wanted(_FLOATS, rows if scheme.rows else one),

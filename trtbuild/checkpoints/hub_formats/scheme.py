@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from trtbuild.checkpoints.precision import LinearForm
 
-# How the files hold a module: AutoAWQ's and GPTQ's columns of nibbles, compressed-tensors' rows of them, or plain fp8.
-PackingName = Literal["awq", "gptq", "packed", "fp8"]
+# How the files hold a module: AutoAWQ's and GPTQ's columns of nibbles, compressed-tensors' rows of them, ModelOpt's
+# pairs of rows, plain int8, or plain fp8.
+PackingName = Literal["awq", "gptq", "packed", "pairs", "int8", "fp8"]
 
 
 @dataclass(frozen=True)

@@ -40,3 +40,10 @@ def unpack_columns(words: torch.Tensor, bits: int, order: Sequence[int] = NATURA
         row = order[place] if bits == 4 else place
         values[:, row].copy_(part.bitwise_and_(mask).sub_(middle))
     return values.flatten(0, 1)
+
+
+def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows / 2, in], the even row in the low nibble, signed -> int8 values [rows, in] (ModelOpt's int4)."""
+    nibbles = torch.stack((packed << 4, packed & 0xF0), dim=1).view(torch.int8)
+    # The sign is shifted down with them.
+    return (nibbles >> 4).flatten(0, 1)

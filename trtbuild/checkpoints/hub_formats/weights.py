@@ -14,7 +14,7 @@ import torch
 
 from trtbuild.checkpoints.content import Digest, row_blocks
 from trtbuild.checkpoints.hub_formats.modules import StoredModule
-from trtbuild.checkpoints.hub_formats.unpack import AWQ_ORDER, NATURAL_ORDER, unpack_columns, unpack_rows
+from trtbuild.checkpoints.hub_formats.unpack import AWQ_ORDER, NATURAL_ORDER, unpack_columns, unpack_pairs, unpack_rows
 from trtbuild.checkpoints.precision import LinearForm
 from trtbuild.checkpoints.quantization import QuantizedWeight, StoredWeight
 from trtbuild.checkpoints.safetensors_file import MappedTensors
@@ -57,10 +57,10 @@ class ModuleReader:
         scheme, order = module.scheme, self.stored(module).order
         if scheme.packing == "fp8":
             return self._fp8_rows(module, start, stop)
-        if scheme.packing == "packed":
-            weight = self._packed_rows(module, start, stop)
-        else:
+        if scheme.packing in ("awq", "gptq"):
             weight = self._band_rows(module, start, stop)
+        else:
+            weight = self._row_rows(module, start, stop)
         return weight if order is None else QuantizedWeight(weight.values[:, order], weight.scales, weight.zeros)
 
     def rows(self, module: StoredModule, start: int, stop: int) -> torch.Tensor:
@@ -92,7 +92,8 @@ class ModuleReader:
             scale = self._one_scale(module, "input_scale") if "input_scale" in module.roles else None
             return StoredWeight(scheme.form(), origin, activation_scale=scale)
         self._check_shape(module)
-        scales = self._mapped.entries[module.tensor("weight_scale" if scheme.packing == "packed" else "scales")]
+        self._check_inputs(module)
+        scales = self._mapped.entries[module.tensor("scales" if scheme.packing in ("awq", "gptq") else "weight_scale")]
         if scales.spec.dtype != {torch.float16: "F16", torch.bfloat16: "BF16"}[self._dtype] and scheme.bits == 4:
             # config.json's type is what the engine holds its scales in.
             origin += f", {scales.spec.dtype} scales rounded to {str(self._dtype).removeprefix('torch.')}"
@@ -127,10 +128,18 @@ class ModuleReader:
         scales = self._mapped.tensor(module.tensor("scales"))[:, start:stop].t().contiguous()
         return self._checked(module, values, scales, start, stop)
 
-    def _packed_rows(self, module: StoredModule, start: int, stop: int) -> QuantizedWeight:
-        values = unpack_rows(self._mapped.rows(module.tensor("weight_packed"), start, stop), module.scheme.bits)
+    def _row_rows(self, module: StoredModule, start: int, stop: int) -> QuantizedWeight:
+        """Rows start..stop of compressed-tensors' and ModelOpt's matrices, which are stored by rows."""
+        if module.scheme.packing == "pairs":
+            first = start // 2
+            pairs = unpack_pairs(self._mapped.rows(module.tensor("weight"), first, -(-stop // 2)))
+            values = pairs[start - 2 * first : stop - 2 * first]
+        elif module.scheme.packing == "int8":
+            values = self._mapped.rows(module.tensor("weight"), start, stop)
+        else:
+            values = unpack_rows(self._mapped.rows(module.tensor("weight_packed"), start, stop), module.scheme.bits)
         scales = self._mapped.rows(module.tensor("weight_scale"), start, stop)
-        return self._checked(module, values, scales, start, stop)
+        return self._checked(module, values, scales.reshape(stop - start, -1), start, stop)
 
     def _checked(
         self, module: StoredModule, values: torch.Tensor, scales: torch.Tensor, start: int, stop: int
@@ -146,7 +155,7 @@ class ModuleReader:
         scheme, bits = module.scheme, module.scheme.bits
         first, last = start * bits // 32, -(-stop * bits // 32)
         part = slice(start - first * 32 // bits, stop - first * 32 // bits)
-        if scheme.packing == "packed":
+        if scheme.packing not in ("awq", "gptq"):
             if "weight_zero_point" not in module.roles:
                 return torch.zeros(1, dtype=torch.int8)
             # Packed along the outputs, unlike the weight.
@@ -189,6 +198,16 @@ class ModuleReader:
         scale = self._mapped.tensor(module.tensor(role)).float().flatten()
         _check_scales(module, scale, role)
         return float(scale[0])
+
+    def _check_inputs(self, module: StoredModule) -> None:
+        """ModelOpt's factors of the inputs must have gone into what comes before, as TensorRT-LLM's reader allows."""
+        if "pre_quant_scale" in module.roles and bool(
+            (self._mapped.tensor(module.tensor("pre_quant_scale")) != 1).any()
+        ):
+            raise CheckpointError(
+                f"{module.tensor('pre_quant_scale')} is not 1 everywhere: inputs that are scaled before they are "
+                "multiplied cannot be represented; start from the 16-bit model"
+            )
 
     def _check_shape(self, module: StoredModule) -> None:
         if "weight_shape" in module.roles:

@@ -1,0 +1,1 @@
+"""What goes into an llmapi package as it is: these files must not import trtbuild."""
