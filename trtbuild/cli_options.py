@@ -59,7 +59,6 @@ def recipe_options(command: F) -> F:
             help="A flag of trtllm-build, e.g. tokens_per_block=64; repeatable.",
         ),
     ]
-    # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -37,6 +37,15 @@ _tritonserver_option = click.option(
 @click.option("--alias", metavar="NAME", help="One more name of the text model, e.g. ensemble, for old clients.")
 @click.option("--no-check", is_flag=True, help="Do not load the package in a Triton before it is put in place.")
 @click.option(
+    "--trtllm", "trtllm_options", multiple=True, metavar="NAME=VALUE",
+    help="Of TensorRT-LLM's models, e.g. --trtllm kv_cache_free_gpu_mem_fraction=0.85; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--llmapi", is_flag=True, help="NAME is a Hugging Face directory for TensorRT-LLM 1.3 and later, without an engine."
+)
+@click.option("--prefix", metavar="NAME", help="Of the names of a TensorRT-LLM engine's models: NAME_tensorrt_llm.")
+@click.option("--engine-path", metavar="DIR", help="Where Triton's container will have the TensorRT-LLM engine.")
+@click.option(
     "--k8s", "k8s_directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
     help="Write Kubernetes manifests of the engines to DIR too.",
 )  # fmt: skip
@@ -54,6 +63,10 @@ def package(
     names: tuple[str, ...],
     alias: str | None,
     no_check: bool,
+    trtllm_options: tuple[str, ...],
+    llmapi: bool,
+    prefix: str | None,
+    engine_path: str | None,
     k8s_directory: Path | None,
     k8s_image: str | None,
     k8s_claim: str | None,
@@ -68,13 +81,23 @@ def package(
 
     Each NAME becomes three models over one copy of its weights: NAME (text, streams), NAME-unary (text, plain infer)
     and NAME-tokens (token ids). Packaging again replaces them in one step each, under a running server too.
+
+    An engine that TensorRT-LLM built becomes preprocessing, tensorrt_llm, postprocessing, ensemble and
+    tensorrt_llm_bls for its C++ backend; several get their names as prefixes. With --llmapi a directory that
+    `trtbuild export` wrote becomes the model tensorrt_llm (or --alias) over TensorRT-LLM's LLM API.
     """
     from trtbuild.progress import terminal_progress
     from trtbuild.triton_repo.installation import find_triton
     from trtbuild.triton_repo.model_config import WorkerSettings
     from trtbuild.triton_repo.package import package_engines, print_packaged
+    from trtbuild.triton_repo.tensorrt_llm.option_texts import read_options
+    from trtbuild.triton_repo.tensorrt_llm.package import TrtllmPackaging
     from trtbuild.workspace import Workspace
 
+    if llmapi:
+        _package_llmapi(Workspace(workspace), names, alias, trtllm_options, as_json)
+        return
+    packaging = TrtllmPackaging(read_options(trtllm_options), prefix, engine_path)
     manifests = _manifests(
         Workspace(workspace), names, WorkerSettings(**settings), alias, k8s_directory is not None,
         image=k8s_image, claim=k8s_claim, no_gpu=k8s_no_gpu or None, gpus_per_node=gpus_per_node,
@@ -84,7 +107,7 @@ def package(
         click.echo("WARNING: --no-check: nobody has seen Triton load these packages, or answer with them", err=True)
     packaged = package_engines(
         Workspace(workspace), names, WorkerSettings(**settings), alias=alias, installation=installation,
-        progress=terminal_progress,
+        progress=terminal_progress, trtllm=packaging,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([one.to_dict() for one in packaged], indent=1))
@@ -97,11 +120,26 @@ def package(
             click.echo("\n".join([f"{path}: {one.kinds()}", *(f"  {note}" for note in one.notes)]), err=True)
 
 
+def _package_llmapi(
+    place: Workspace, directories: Sequence[str], alias: str | None, texts: Sequence[str], as_json: bool
+) -> None:
+    from trtbuild.triton_repo.llmapi import DEFAULT_NAME, LlmapiOptions, package_llmapi, print_packaged_llmapi
+
+    if len(directories) != 1:
+        raise click.UsageError("--llmapi packages one directory; --alias names its model")
+    packaged = package_llmapi(place, Path(directories[0]), alias or DEFAULT_NAME, LlmapiOptions.from_texts(texts))
+    if as_json:
+        click.echo(json.dumps(packaged.to_dict(), indent=1))
+    else:
+        print_packaged_llmapi(packaged)
+
+
 def _manifests(
     place: Workspace, names: Sequence[str], settings: WorkerSettings, alias: str | None, wanted: bool, **given: Any
 ) -> list[Deployed]:
     """Of --k8s, made before anything is packaged, so that it can be refused; none without it."""
     from trtbuild.engines.passport import Passport
+    from trtbuild.errors import Refused
     from trtbuild.triton_repo.kubernetes import KubernetesOptions, build_manifests
 
     given = {name: value for name, value in given.items() if value is not None}
@@ -110,6 +148,9 @@ def _manifests(
             raise click.UsageError("--k8s-image, --k8s-claim, --k8s-no-gpu and --gpus-per-node go with --k8s DIR")
         return []
     passports = [Passport.open(place.engine(name)) for name in dict.fromkeys(names)]
+    foreign = [passport.name for passport in passports if passport.builder_name == "tensorrt-llm"]
+    if foreign:
+        raise Refused(f"--k8s writes manifests for our own engine worker, not for TensorRT-LLM: {', '.join(foreign)}")
     return build_manifests(passports, settings, KubernetesOptions(**given), alias=alias)
 
 
@@ -140,6 +181,23 @@ def _manifests(
     "--triton-arg", "triton_arguments", multiple=True, metavar="ARG",
     help="Passed to tritonserver, e.g. --triton-arg=--grpc-use-ssl=true; repeatable.",
 )  # fmt: skip
+@click.option(
+    "--launcher",
+    type=click.Choice(["mpirun", "srun"]),
+    help="What starts the ranks of TensorRT-LLM engines.  [default: mpirun]",
+)
+@click.option(
+    "--hostfile", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+    help="Machines of those ranks, for mpirun: a line HOST slots=N for each.",
+)  # fmt: skip
+@click.option("--multi-model", is_flag=True, help="Several TensorRT-LLM engines in one server (orchestrator mode).")
+@click.option(
+    "--disable-spawn-processes", is_flag=True, help="Of --multi-model: start all ranks at once, by participant_ids."
+)
+@click.option(
+    "--launcher-arg", "launcher_arguments", multiple=True, metavar="ARG", help="Passed to mpirun or srun; repeatable."
+)
+@click.option("--dry-run", is_flag=True, help="Print the command that would serve TensorRT-LLM engines.")
 @_tritonserver_option
 @click.option("--repository", type=click.Path(file_okay=False, path_type=Path), help="[default: triton_repo/models]")
 @workspace_option
@@ -153,6 +211,12 @@ def serve(
     model_control_mode: str,
     exit_timeout: int,
     triton_arguments: tuple[str, ...],
+    launcher: Literal["mpirun", "srun"] | None,
+    hostfile: Path | None,
+    multi_model: bool,
+    disable_spawn_processes: bool,
+    launcher_arguments: tuple[str, ...],
+    dry_run: bool,
     tritonserver: Path | None,
     repository: Path | None,
     workspace: Path,
@@ -161,12 +225,15 @@ def serve(
     """Run Triton over the model repository until Ctrl-C or SIGTERM; then requests in flight finish.
 
     NAME... serves only these engines. Without a GPU the reference executor (PyTorch) answers, through the same
-    repository and interface.
+    repository and interface. Of a TensorRT-LLM engine each rank gets a process of its own, started by MPI.
     """
+    from trtbuild.errors import Refused
     from trtbuild.progress import terminal_progress
     from trtbuild.triton_repo.installation import find_triton
-    from trtbuild.triton_repo.serve import ServeOptions
+    from trtbuild.triton_repo.serve import ServeOptions, models_to_load
     from trtbuild.triton_repo.serve import serve as run
+    from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions
+    from trtbuild.triton_repo.tensorrt_llm.served_models import has_trtllm_models
     from trtbuild.triton_repo.triton_process import Ports
     from trtbuild.workspace import Workspace
 
@@ -181,6 +248,22 @@ def serve(
         triton_arguments=triton_arguments,
         log_format=front_end["log_format"],
     )
+    launch = LaunchOptions(
+        launcher or "mpirun", hostfile, multi_model, spawn=not disable_spawn_processes, arguments=launcher_arguments
+    )
+    if has_trtllm_models(options.repository, models_to_load(options)):
+        from trtbuild.triton_repo.tensorrt_llm.serve_ranks import print_ranks, serve_ranks
+
+        if dry_run:
+            print_ranks(options, launch, tritonserver)
+        else:
+            serve_ranks(options, launch, tritonserver, progress=terminal_progress)
+        return
+    if dry_run or launcher is not None or launch != LaunchOptions():
+        raise Refused(
+            "--dry-run, --launcher, --launcher-arg, --hostfile, --multi-model and --disable-spawn-processes are for "
+            f"TensorRT-LLM engines, and {options.repository} has none"
+        )
     run(options, find_triton(tritonserver), progress=terminal_progress)
 
 

@@ -359,3 +359,23 @@ def test_text_that_is_no_utf8_is_refused() -> None:
 
     with pytest.raises(RequestError, match="text_input: not valid UTF-8 at byte 1"):
         parse_request({"text_input": np.array([[b"a\xff"]], dtype=object)}, True)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """`package DIR --llmapi`: fields of ours and any further argument of the LLM API."""
+    from click.testing import CliRunner
+
+    from trtbuild.cli import main
+
+    words = ["package", str(TINY_MIXTRAL), "--llmapi", "--alias", "chat", "--workspace", str(tmp_path)]
+    flags = ["--trtllm", "tp=2", "--trtllm", "max_num_tokens=512", "--trtllm", 'load_format="auto"']
+    result = CliRunner().invoke(main, [*words, *flags])
+    assert result.exit_code == 0, result.output
+    assert "no engine was built" in result.output
+    content = (tmp_path / "triton_repo" / "models" / "chat" / "1" / "model.yaml").read_text(encoding="utf-8")
+    for line in ("tensor_parallel_size: 2", "max_num_tokens: 512", "load_format: auto"):
+        assert line in content
+    for wrong, message in (("tp=two", "tp: Input should be a valid integer"), ("tp", "must be NAME=VALUE")):
+        refused = CliRunner().invoke(main, [*words, "--trtllm", wrong])
+        assert refused.exit_code == 3
+        assert message in refused.output

@@ -130,7 +130,7 @@ class Linear:
         return self.precision == "int4" and self.dialect == "tensorrt-llm"
 
     def constants(self) -> Iterator[ConstantTensor]:
-        """AWQ's scales of the input: ones, since ours are folded into what comes before, but TensorRT-LLM wants them."""
+        """AWQ's scales of the input: ones, since ours are folded into what comes before; TensorRT-LLM wants them."""
         if self.packs_rows:
             shape = (self.in_features,)
             yield ConstantTensor(TensorSpec(f"{self.name}.prequant_scaling_factor", self.dtype, shape), 1.0)

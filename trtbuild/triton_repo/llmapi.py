@@ -9,14 +9,16 @@ installed on most machines. What can be known beforehand is checked: that its re
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from trtbuild import __version__
 from trtbuild.checkpoints.hf_config import read_config
@@ -73,6 +75,29 @@ class LlmapiOptions:
     guided_decoding_backend: str | None = None
     decoupled: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str]) -> LlmapiOptions:
+        """NAME=VALUE, of a field or any other argument of `tensorrt_llm.LLM`; values are JSON, or text.
+
+        Raises Refused for what is not NAME=VALUE, and for a field's value of another type.
+        """
+        found: dict[str, Any] = {"arguments": {}}
+        names = {one.name for one in fields(cls)} - {"arguments"}
+        for text in texts:
+            name, sign, value = text.partition("=")
+            if not sign or not name.isidentifier():
+                raise Refused(f"--trtllm {text}: must be NAME=VALUE, such as tp=2 or max_num_tokens=8192")
+            try:
+                parsed = json.loads(value)
+            except json.JSONDecodeError:
+                parsed = value
+            (found if name in names else found["arguments"])[name] = parsed
+        try:
+            return TypeAdapter(cls).validate_python(found)
+        except ValidationError as error:
+            lines = [f"{one['loc'][0]}: {one['msg']} (found {one['input']!r})" for one in error.errors()]
+            raise Refused("--trtllm: " + "; ".join(lines)) from error
 
     def to_yaml(self) -> dict[str, Any]:
         """The content of model.yaml."""

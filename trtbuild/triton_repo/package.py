@@ -6,11 +6,11 @@
 
 A package is laid out in triton_repo/.staging/NAME, which is a model repository of its own, checked there, and then
 swapped in, one directory and one step at a time; the engine comes first, and the others hold nothing of it.
+An engine that TensorRT-LLM built becomes five models of its own kind: `trtbuild.triton_repo.tensorrt_llm.package`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +21,21 @@ import click
 
 from trtbuild import __version__
 from trtbuild.engines.passport import Passport, verified_digest
-from trtbuild.errors import refuse_all
+from trtbuild.errors import Refused, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.check import CheckResult, check_package
 from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.model_config import WorkerSettings, config_text
+from trtbuild.triton_repo.tensorrt_llm.check import TrtllmCheck
+from trtbuild.triton_repo.tensorrt_llm.option_texts import check_single_prefix
+from trtbuild.triton_repo.tensorrt_llm.package import (
+    BUILDER,
+    TrtllmPackaging,
+    check_trtllm,
+    describe_check,
+    package_trtllm,
+)
+from trtbuild.triton_repo.tensorrt_llm.repository import link_tree
 from trtbuild.triton_repo.tensors import TOKENS_SUFFIX, UNARY_SUFFIX, ModelKind, model_name
 from trtbuild.workspace import (
     PACKAGE_RECORD,
@@ -61,7 +71,7 @@ class Packaged:
     models: list[str]
     directory: Path
     warning: str | None
-    check: CheckResult | None
+    check: CheckResult | TrtllmCheck | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,15 +91,46 @@ def package_engines(
     alias: str | None = None,
     installation: TritonInstallation | None,
     progress: ProgressFactory = no_progress,
+    trtllm: TrtllmPackaging | None = None,
 ) -> list[Packaged]:
     """Package every engine, or refuse before the first is begun. `installation` None: without the check.
 
-    `alias`: one more name for the text model, for clients that know another one. Raises `Refused`, and `CheckFailed`
+    `alias`: one more name for the text model, for clients that know another one. `trtllm` is for engines that
+    TensorRT-LLM built, and `settings` and `alias` for the others. Raises `Refused`, and `CheckFailed`
     where Triton does not answer as the engine does; the repository then has what it had before.
     """
     passports = [Passport.open(place.engine(name)) for name in dict.fromkeys(names)]
-    _check_requests(place, passports, alias)
-    return [_package(place, passport, settings, alias, installation, progress) for passport in passports]
+    own = [passport for passport in passports if passport.builder_name != BUILDER]
+    foreign = [passport for passport in passports if passport.builder_name == BUILDER]
+    _check_kinds(own, foreign, settings, alias, trtllm)
+    packaging = trtllm or TrtllmPackaging()
+    prefixes = {passport.name: packaging.prefix_for(passport, len(foreign)) for passport in foreign}
+    _check_requests(place, own, alias)
+    for passport in foreign:
+        check_trtllm(place, passport, packaging, prefixes[passport.name])
+    found = [_package(place, passport, settings, alias, installation, progress) for passport in own]
+    for passport in foreign:
+        models, check = package_trtllm(place, passport, packaging, prefixes[passport.name], installation, progress)
+        found.append(Packaged(passport.name, models, place.models / models[0], passport.check_accuracy(), check))
+    return found
+
+
+def _check_kinds(
+    own: Sequence[Passport],
+    foreign: Sequence[Passport],
+    settings: WorkerSettings,
+    alias: str | None,
+    trtllm: TrtllmPackaging | None,
+) -> None:
+    """Options of the one kind of engine are not for the other."""
+    if trtllm not in (None, TrtllmPackaging()) and not foreign:
+        raise Refused("--trtllm, --prefix and --engine-path are for engines that TensorRT-LLM built")
+    if not own and foreign and (settings != WorkerSettings() or alias is not None):
+        raise Refused(
+            "--slots, --max-queue, --executor, --dtype, --threads and --alias are for our own engine worker; an engine "
+            "of TensorRT-LLM is told by --trtllm NAME=VALUE, and named by --prefix"
+        )
+    check_single_prefix(None if trtllm is None else trtllm.prefix, len(foreign))
 
 
 def _check_requests(place: Workspace, passports: list[Passport], alias: str | None) -> None:
@@ -101,7 +142,7 @@ def _check_requests(place: Workspace, passports: list[Passport], alias: str | No
             problems.append(f"{passport.name}: has no tokenizer; compile it from a checkpoint that has one")
         if passport.name.endswith((UNARY_SUFFIX, TOKENS_SUFFIX)):
             problems.append(f"{passport.name}: names that end so are those of our second models; compile with --name")
-    if alias is not None:
+    if alias is not None and passports:
         if len(passports) > 1:
             problems.append("--alias is one name for one engine; package the engines one by one")
         taken = place.models / check_name(alias)
@@ -149,7 +190,7 @@ def _lay_out(staging: Path, passport: Passport, settings: WorkerSettings, alias:
         (version / "model.py").write_text(_MODEL_FILE, encoding="utf-8")
         text = config_text(name, kind, batch, settings, as_name=model)
         (staging / model / "config.pbtxt").write_text(text, encoding="utf-8")
-    _link_tree(passport.directory, staging / name / "1" / "engine")
+    link_tree(passport.directory, staging / name / "1" / "engine")
     record = {
         "format": _FORMAT,
         "trtbuild": __version__,
@@ -167,7 +208,9 @@ def print_packaged(packaged: Sequence[Packaged]) -> None:
         if one.warning is not None:
             click.echo(f"warning: {one.warning}", err=True)
         click.echo(f"{one.directory}: models {', '.join(one.models)}")
-        if one.check is not None:
+        if isinstance(one.check, TrtllmCheck):
+            click.echo(describe_check(one.models, one.check))
+        elif one.check is not None:
             check = one.check
             click.echo(
                 f"  Triton ({check.triton}) answers as the engine does: {check.num_tokens} tokens by the "
@@ -178,15 +221,3 @@ def print_packaged(packaged: Sequence[Packaged]) -> None:
 
 def _alias_of(model: Path) -> str | None:
     return read_json(model / PACKAGE_RECORD)["engine"] if (model / PACKAGE_RECORD).is_file() else None
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Hard links of every file, copies across file systems."""
-    for directory, _, files in os.walk(source):
-        place = target / Path(directory).relative_to(source)
-        place.mkdir(parents=True)
-        for file in files:
-            try:
-                os.link(Path(directory, file), place / file)
-            except OSError:
-                shutil.copy2(Path(directory, file), place / file)

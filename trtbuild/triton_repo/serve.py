@@ -23,7 +23,7 @@ from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.triton_process import Ports, TritonProcess, print_to_stderr
 from trtbuild.workspace import PACKAGE_RECORD, read_json
 
-_WATCH_S = 0.2
+WATCH_S = 0.2
 # A server that dies this often within the window is broken, not unlucky.
 _MAX_RESTARTS, _RESTART_WINDOW_S = 5, 60.0
 _FRONT_END_START_S = 60.0
@@ -53,18 +53,18 @@ def serve(options: ServeOptions, installation: TritonInstallation, *, progress: 
     A killed model stub or server is started again, since what hung on it must be told at once. Raises `Refused` for a
     repository that is not one, `TrtBuildError` where Triton does not start or keeps ending.
     """
-    models = _models_to_load(options)
+    models = models_to_load(options)
     _check_tls(options)
-    with _stop_signals() as stopped, ExitStack() as running:
+    with stop_signals() as stopped, ExitStack() as running:
         triton = running.enter_context(_Triton(lambda: _start_triton(options, installation, models, progress)))
         front_end = start_front_end(options, running)
-        _say_where(options, models)
+        say_where(options, models)
         while not stopped():
             if front_end is not None and front_end.poll() is not None:
                 raise TrtBuildError(f"the OpenAI front end ended with status {front_end.returncode}")
             triton.mend()
-            time.sleep(_WATCH_S)
-        _drain(triton.server, front_end, options.exit_timeout_s)
+            time.sleep(WATCH_S)
+        drain(triton.server, front_end, options.exit_timeout_s)
 
 
 class _Triton:
@@ -96,7 +96,7 @@ class _Triton:
         self.server.close()
 
 
-def _models_to_load(options: ServeOptions) -> list[str]:
+def models_to_load(options: ServeOptions) -> list[str]:
     """The names of the models to serve. Raises `Refused` where there is nothing, or not all."""
     found = sorted(file.parent.name for file in options.repository.glob("*/config.pbtxt"))
     if not found:
@@ -174,7 +174,7 @@ def start_front_end(options: ServeOptions, running: ExitStack) -> subprocess.Pop
     return process
 
 
-def _say_where(options: ServeOptions, models: Sequence[str]) -> None:
+def say_where(options: ServeOptions, models: Sequence[str]) -> None:
     ports = options.ports
     lines = [
         f"serving {', '.join(models)}",
@@ -195,7 +195,7 @@ def _what_died(server: TritonProcess) -> str | None:
     return None if stub is None else f"a model's process ({stub}) was killed, and Triton leaves its requests hanging"
 
 
-def _drain(server: TritonProcess, front_end: subprocess.Popen[bytes] | None, exit_timeout_s: int) -> None:
+def drain(server: TritonProcess, front_end: subprocess.Popen[bytes] | None, exit_timeout_s: int) -> None:
     """The front end first: it stands before Triton, and its streams need it to finish."""
     started = time.monotonic()
     click.echo("stopping: requests in flight finish", err=True)
@@ -214,7 +214,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """SIGINT and SIGTERM as a question that `serve` asks; a second one interrupts what it is doing."""
     received: list[int] = []
 

@@ -82,21 +82,15 @@ class TritonProcess:
         echo: Callable[[str], None] | None = None,
     ) -> None:
         self.ports = ports
+        self._installation = installation
         self._directory = tempfile.TemporaryDirectory(prefix="trtbuild-triton-")
         self._stubs = Path(self._directory.name) / "stubs"
         self._stubs.mkdir()
         self._log: deque[str] = deque(maxlen=_TAIL_LINES)
         self.loaded: list[str] = []
-        command = [
-            str(installation.binary),
-            *("--model-repository", str(repository)),
-            *installation.prepare(Path(self._directory.name)),
-            *ports.arguments(),
-            *("--exit-timeout-secs", str(exit_timeout_s)),
-            *arguments,
-        ]
+        command = self._command(repository, arguments, exit_timeout_s)
         marks = {STUBS_VARIABLE: str(self._stubs), GROUP_VARIABLE: f"serve-{os.getpid()}"}
-        environment = {**os.environ, **installation.environment, **marks, LOG_FORMAT_VARIABLE: log_format}
+        environment = {**os.environ, **self._added_environment(), **marks, LOG_FORMAT_VARIABLE: log_format}
         # Its own session: a Ctrl-C reaches us, and we stop it in order.
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -104,6 +98,20 @@ class TritonProcess:
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(echo,), name="triton-log", daemon=True)
         self._reader.start()
+
+    def _command(self, repository: Path, arguments: Sequence[str], exit_timeout_s: int) -> list[str]:
+        """What is run."""
+        return [
+            str(self._installation.binary),
+            *("--model-repository", str(repository)),
+            *self._installation.prepare(Path(self._directory.name)),
+            *self.ports.arguments(),
+            *("--exit-timeout-secs", str(exit_timeout_s)),
+            *arguments,
+        ]
+
+    def _added_environment(self) -> dict[str, str]:
+        return self._installation.environment
 
     def wait_ready(self, timeout_s: float, on_loaded: Callable[[str], None] = lambda name: None) -> None:
         """Until the server and its models are ready; `on_loaded` gets each model's name.
