@@ -192,6 +192,7 @@ def _tensorrt_llm(minor: tuple[int, ...], engine: str) -> ModelText:
         model.inputs |= _optional("BOOL", "exclude_input_in_output")
     if minor >= (1, 0):
         model.parameters |= {"guided_decoding_backend": "${guided_decoding_backend}", "multi_block_mode": "true"}
+        model.parameters |= {"tokenizer_dir": "", "xgrammar_tokenizer_info_path": ""}
         model.inputs |= _optional("STRING", "guided_decoding_guide_type", "guided_decoding_guide")
     return model
 

@@ -189,6 +189,8 @@ MISTAKES = [
     Mistake("unknown_batching", parameter("gpt_model_type", "continuous"),
             ("error", "parameter_value", ENGINE, "gpt_model_type"), "inflight_fused_batching"),
     Mistake("no_batching", dropped("gpt_model_type"), ("error", "missing_parameter", ENGINE, "gpt_model_type")),
+    Mistake("not_even_empty", dropped("xgrammar_tokenizer_info_path"),
+            ("error", "missing_parameter", ENGINE, "xgrammar_tokenizer_info_path")),
     Mistake("empty_path", parameter("gpt_model_path", ""), ("error", "missing_parameter", ENGINE, "gpt_model_path")),
     Mistake("no_tokenizer", dropped("tokenizer_dir", "postprocessing"),
             ("error", "missing_parameter", POST, "tokenizer_dir")),

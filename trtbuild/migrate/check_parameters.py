@@ -11,6 +11,8 @@ from trtbuild.migrate.models import TritonModel
 from trtbuild.migrate.parameters import (
     BATCHING_STRATEGIES,
     PARAMETERS,
+    PRESENT,
+    PRESENT_SINCE,
     RENAMED,
     REQUIRED,
     STATIC_BATCHING,
@@ -81,6 +83,12 @@ def check_parameters(model: TritonModel, release: Release | None, findings: Find
             "error", "missing_parameter", model.file, name, "missing", "it must be set",
             f'add parameters {{ key: "{name}" value {{ string_value: "..." }} }}',
         )  # fmt: skip
+    if model.backend == "tensorrtllm" and release is not None and release.minor >= PRESENT_SINCE:
+        for name in (name for name in PRESENT if name not in model.parameters):
+            findings.add(
+                "error", "missing_parameter", model.file, name, "missing", "it must be there, empty if it is not used",
+                f'add parameters {{ key: "{name}" value {{ string_value: "" }} }}: the backend of 1.x asks for it',
+            )  # fmt: skip
 
 
 def _missing(model: TritonModel, release: Release | None) -> Iterator[str]:

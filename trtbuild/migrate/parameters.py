@@ -128,6 +128,10 @@ REQUIRED: Mapping[Role, tuple[str, ...]] = {
     "postprocessing": ("tokenizer_dir",),
 }
 
+# The C++ backend of 1.x asks for these without a default: the model does not load where one is not there at all.
+PRESENT = ("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend")
+PRESENT_SINCE = (1, 0)
+
 RENAMED: Mapping[str, str] = {
     "maxTokensInPagedKvCache": "max_tokens_in_paged_kv_cache",
     "kvCacheFreeGpuMemFraction": "kv_cache_free_gpu_mem_fraction",
