@@ -38,7 +38,8 @@ BLOCK_TOKENS = 256
 PYDOC_CHARACTERS = 40_000
 THEIRS = [
     "bf16", "llm-compressor rtn", "llm-compressor fp8-dynamic", "modelopt fp8", "llm-compressor gptq",
-    "llm-compressor awq", "modelopt int4-awq", "llm-compressor awq-sym", "llm-compressor rtn-asym", "modelopt bf16",
+    "llm-compressor awq", "modelopt int4-awq", "modelopt int4-awq-exported", "llm-compressor awq-sym",
+    "llm-compressor rtn-asym", "modelopt bf16",
 ]  # fmt: skip
 
 

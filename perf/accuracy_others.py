@@ -70,6 +70,15 @@ def modelopt(config: dict[str, Any], job: dict[str, Any]) -> Any:
     return mtq.quantize(model, copy.deepcopy(config), forward)
 
 
+def as_exported(model: Any) -> Any:
+    """With one scale for the layers that share an input (q, k, v; gate, up), as every checkpoint of ModelOpt has it."""
+    from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
+
+    with torch.inference_mode():
+        requantize_resmooth_fused_llm_layers(model)
+    return model
+
+
 def quantize(method: str, job: dict[str, Any]) -> Any:
     """The model that `method` makes."""
     tool, _, name = method.rpartition(" ")
@@ -78,7 +87,9 @@ def quantize(method: str, job: dict[str, Any]) -> Any:
     if tool == "modelopt":
         import modelopt.torch.quantization as mtq
 
-        return modelopt({"int4-awq": mtq.INT4_AWQ_CFG, "fp8": mtq.FP8_DEFAULT_CFG}[name], job)
+        config = mtq.FP8_DEFAULT_CFG if name == "fp8" else mtq.INT4_AWQ_CFG
+        model = modelopt(config, job)
+        return as_exported(model) if name.endswith("-exported") else model
     return llm_compressor(lambda: recipe_of(name), job)
 
 

@@ -11,7 +11,8 @@ Runs = dict[tuple[bool, str], dict[str, Any]]
 
 BASELINES = ("modelopt bf16", "bf16")
 _INT4 = [
-    "llm-compressor gptq", "llm-compressor awq", "llm-compressor awq-sym", "modelopt int4-awq", "llm-compressor rtn",
+    "llm-compressor gptq", "llm-compressor awq", "llm-compressor awq-sym", "modelopt int4-awq",
+    "modelopt int4-awq-exported", "llm-compressor rtn",
 ]  # fmt: skip
 # What each of ours is held against: the same bits of weights, the same kind of activations.
 RIVALS = {

@@ -226,7 +226,7 @@ def test_a_stopped_compile_leaves_one_line_and_no_process(
     assert "Traceback" not in stderr
     if word:
         last = stderr.strip().splitlines()[-1]
-        assert last == f"{word}; convert and compile go on where they were when given again"
+        assert last == f"{word}; convert, compile and perf sweep go on where they were when given again"
     assert not list((tmp_path / "engines").glob("[!.]*"))
     shutil.rmtree(tmp_path / "engines")
 

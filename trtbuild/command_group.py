@@ -44,10 +44,10 @@ class CommandGroup(click.Group):
             with _sigterm_raises():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted; convert and compile go on where they were when given again", err=True)
+            click.echo("interrupted; convert, compile and perf sweep go on where they were when given again", err=True)
             ctx.exit(130)
         except _Terminated:
-            click.echo("terminated; convert and compile go on where they were when given again", err=True)
+            click.echo("terminated; convert, compile and perf sweep go on where they were when given again", err=True)
             ctx.exit(143)
         except MemoryError as error:
             raise TrtBuildError("out of memory; fewer --workers need less") from error
@@ -55,4 +55,7 @@ class CommandGroup(click.Group):
             # click itself ends quietly where the reader of a pipe has gone.
             if error.errno == errno.EPIPE:
                 raise
-            raise TrtBuildError(f"{error.filename or 'output'}: {error.strerror}") from error
+            hint = (
+                "\nfree some and give the command again: what is finished stays" if error.errno == errno.ENOSPC else ""
+            )
+            raise TrtBuildError(f"{error.filename or 'output'}: {error.strerror}{hint}") from error

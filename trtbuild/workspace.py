@@ -110,6 +110,10 @@ def atomic_file(path: Path) -> Iterator[BufferedRandom]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # Of a failed write Python does not say which file it was.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -67,15 +67,18 @@ def measure(spec: PointSpec, target: Target, place: Path) -> Measured:
 
 @pytest.mark.slow
 @needs_binary
-def test_known_latencies_are_measured_within_two_percent_and_lengths_are_exact(triton: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("concurrency", [1, 4, 16, 64])
+def test_known_latencies_are_measured_within_two_percent_and_lengths_are_exact(
+    triton: Any, tmp_path: Path, concurrency: int
+) -> None:
     target, asked = triton(ttft_s=0.2, itl_s=0.05)
-    spec = spec_of(Load("concurrency", 4))
+    spec = spec_of(Load("concurrency", concurrency), num_requests=max(8, 3 * concurrency))
     measured = measure(spec, target, tmp_path)
     figures = figures_of(spec, measured.records, measured.window)
     assert figures.metrics["ttft_s"]["mean"] == pytest.approx(0.2, rel=0.02)
     assert figures.metrics["itl_s"]["mean"] == pytest.approx(0.05, rel=0.02)
     assert figures.metrics["e2e_s"]["mean"] == pytest.approx(0.45, rel=0.02)
-    assert figures.throughput["requests_per_s"]["mean"] == pytest.approx(4 / 0.45, rel=0.02)
+    assert figures.throughput["requests_per_s"]["mean"] == pytest.approx(concurrency / 0.45, rel=0.02)
     assert figures.num_requests >= spec.num_requests
     assert {record.output_tokens for record in measured.records} == {6}
     # The server's own log: the warm-up's round of four, and each prompt once.

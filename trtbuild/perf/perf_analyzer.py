@@ -39,7 +39,8 @@ from trtbuild.perf.transports import error_of
 DEFINITIONS = (
     "figures are computed from the times of every response. perf_analyzer's own summary differs: of a decoupled model "
     "it says that it measures the first response's latency, but its 2.51 reports the last one's; and its throughput "
-    "divides by a window of whole seconds, ramp and drain included"
+    "divides by a window of whole seconds, ramp and drain included."
+    " It asks for log probabilities, without which version 2.51 loses its export: every response carries them."
 )
 _NANOSECONDS = 1e9
 _MICROSECONDS = 1e6

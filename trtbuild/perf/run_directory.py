@@ -76,9 +76,10 @@ class RunDirectory:
                 file.write(_line(point))
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except OSError as error:
                 # A full disk: nothing half-written stays.
                 os.truncate(self.path / POINTS, before)
+                error.filename = str(self.path / POINTS)
                 raise
 
     def write_raw(self, point_id: str, measured: Measured) -> None:

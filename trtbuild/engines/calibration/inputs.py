@@ -12,7 +12,7 @@ from trtbuild.engines.calibration.int4 import SecondMoments, add_ridge
 # Tokens that are held in float32 at a time.
 CHUNK = 2048
 # Tokens that a trial of scales looks at.
-_SAMPLED_TOKENS = 512
+_SAMPLED_TOKENS = 1024
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from trtbuild.checkpoints.precision import int4_group
 from trtbuild.checkpoints.quantization import QuantizedWeight
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.engines.calibration.inputs import Inputs
-from trtbuild.engines.calibration.int4 import choose_scales, compensate, round_to_scales
+from trtbuild.engines.calibration.int4 import choose_scales, compensate, largest_scales, round_to_scales
 from trtbuild.engines.calibration.memory import trim_heap
 from trtbuild.engines.calibration.smoothing import RowFold, folds, search
 from trtbuild.engines.reference.torch_weights import TorchWeights
@@ -19,10 +19,10 @@ from trtbuild.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Method:
-    """How int4 values are found, after a search of where to clip.
+    """How int4 values are found.
 
-    smooth: with AWQ's scales, folded into what comes before.
-    compensate: with GPTQ's compensation of the rounding error.
+    smooth: with AWQ's scales, folded into what comes before; nothing is clipped.
+    compensate: with GPTQ's compensation of the rounding error, after a search of where to clip.
     """
 
     smooth: bool
@@ -98,25 +98,29 @@ class LayerQuantizer:
         """
         name = linear.name.removeprefix(self._prefix)
         trim_heap()
-        second = inputs.moments()
-        if not bool(second.diagonal().sum().isfinite()):
+        if not bool(inputs.magnitude().sum().isfinite()):
             raise CheckpointError(
                 f"calibration: the input of {linear.global_name} is not finite; the checkpoint or its dtype is damaged"
             )
         group = int4_group(linear.in_features, linear.global_name)
         scale = self._input_scale(name, expert, inputs, group)
         matrix = self._matrix(name, expert).float()
-        scaled = matrix if scale is None else matrix * scale
-        if scale is not None:
-            second.div_(scale).div_(scale.unsqueeze(-1))
-        steps = choose_scales(scaled, second, group, self._dtype)
-        found = compensate(scaled, steps, second) if self._method.compensate else round_to_scales(scaled, steps)
+        found = self._rounded(matrix if scale is None else matrix * scale, scale, inputs, group)
         self._found[name, expert] = found
         effective = found.dequantize()
         if scale is not None:
             effective /= scale
         self._errors[name, expert] = torch.stack([(effective - matrix).square().sum(1), matrix.square().sum(1)])
         return effective
+
+    def _rounded(self, matrix: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, group: int) -> QuantizedWeight:
+        """A matrix [out, in] that `scale` has been multiplied into."""
+        if not self._method.compensate:
+            return round_to_scales(matrix, largest_scales(matrix, group, self._dtype))
+        second = inputs.moments()
+        if scale is not None:
+            second.div_(scale).div_(scale.unsqueeze(-1))
+        return compensate(matrix, choose_scales(matrix, second, group, self._dtype), second)
 
     def _matrix(self, name: str, expert: int | None) -> torch.Tensor:
         weight = self._weights.linears[self._prefix + name].weight
@@ -142,9 +146,14 @@ class LayerQuantizer:
         return None
 
     def _readers(self, names: tuple[str, ...]) -> list[torch.Tensor]:
-        """Every matrix that reads a norm's output, each expert's among them."""
-        found = [self._weights.linears[self._prefix + name].weight for name in names]
-        return [matrix for weight in found for matrix in (weight if weight.dim() == 3 else weight[None])]
+        """Every matrix that reads a norm's output: of fused ones their sources, of experts each one's."""
+        found: list[torch.Tensor] = []
+        for name in names:
+            weight, linear = self._weights.linears[self._prefix + name].weight, self._linears[name]
+            for expert, matrix in enumerate(weight if weight.dim() == 3 else [weight]):
+                mine = expert if weight.dim() == 3 else None
+                found += [torch.cat([matrix[part] for part in rows]) for rows in _sources(linear, mine).values()]
+        return found
 
     def _representable(self, norm: str, scale: torch.Tensor) -> torch.Tensor:
         """s so that weight / s is a 16-bit number: folding it then costs nothing."""
@@ -179,11 +188,7 @@ class LayerQuantizer:
         self, result: LayerResult, linear: Linear, expert: int | None, whole: QuantizedWeight, errors: torch.Tensor
     ) -> None:
         """Cut a fused matrix back into its sources."""
-        parts: dict[str, list[slice]] = {}
-        for piece in sorted(linear.pieces, key=lambda piece: piece.rows.start):
-            if piece.expert == expert:
-                parts.setdefault(piece.source, []).append(slice(piece.offset, piece.offset + len(piece.rows)))
-        for source, rows in parts.items():
+        for source, rows in _sources(linear, expert).items():
             cut = QuantizedWeight(
                 torch.cat([whole.values[part] for part in rows]).contiguous(),
                 torch.cat([whole.scales[part] for part in rows]).contiguous(),
@@ -204,3 +209,12 @@ class LayerQuantizer:
         [tensor] = [t for t in self._weights.plan.plain if t.spec.name == self._prefix + name]
         dtype = torch.float32 if tensor.spec.dtype == "F32" else self._dtype
         result.plain[tensor.pieces[0].source] = (weight.float() * factor).to(dtype)
+
+
+def _sources(linear: Linear, expert: int | None) -> dict[str, list[slice]]:
+    """Rows of a matrix by the source weight that they come from, in the source's order."""
+    parts: dict[str, list[slice]] = {}
+    for piece in sorted(linear.pieces, key=lambda piece: piece.rows.start):
+        if piece.expert == expert:
+            parts.setdefault(piece.source, []).append(slice(piece.offset, piece.offset + len(piece.rows)))
+    return parts

@@ -14,10 +14,10 @@ import torch
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.engines.calibration.int4 import largest_scales, round_to_scales
 
-# Exponents that are tried: s = mean|x| ** exponent; 0 leaves the layer alone.
+# How much of a scale comes from the inputs; the rest is the weights'.
 EXPONENTS = tuple(i / 20 for i in range(21))
-# Rows of the weights that a trial looks at.
-_SAMPLED_ROWS = 512
+# Rows that a trial looks at: of one matrix, of all that share an input, and of each where these are many (experts).
+_SAMPLED_ROWS, _ROWS_IN_ALL, _FEWEST_ROWS = 512, 2048, 32
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,49 @@ def share_between_heads(values: torch.Tensor, fold: RowFold) -> torch.Tensor:
 
 
 def search(
-    weights: Sequence[torch.Tensor],
+    readers: Sequence[torch.Tensor],
     magnitude: torch.Tensor,
     tokens: torch.Tensor,
     group: int,
     dtype: torch.dtype,
     fold: RowFold | None = None,
 ) -> torch.Tensor:
-    """The scale s [in] with the least error of rounded `weights` (each [out, in]) on sampled `tokens` [n, in].
+    """One scale s [in] for all `readers` of an input (each [out, in]): x / s is the mean of what each alone would take.
 
-    `magnitude` [in] is the mean of |x|. With `fold` the columns that come from one row get the same s.
+    The error of all together would be that of those with the largest outputs: queries and keys, whose errors matter
+    less than those of the values. `magnitude` [in] is the mean of |x|, `tokens` [n, in] a sample. With `fold` the
+    columns that come from one row get the same s.
     """
-    rows = torch.cat([weight[:: max(1, len(weight) * len(weights) // _SAMPLED_ROWS)].float() for weight in weights])
+    rows = max(_FEWEST_ROWS, min(_SAMPLED_ROWS, _ROWS_IN_ALL // len(readers)))
     tokens = tokens.float().T
-    best, chosen = torch.inf, torch.ones_like(magnitude)
-    magnitude = share_between_heads(magnitude, fold) if fold else magnitude
+    divided = torch.zeros_like(magnitude)
+    for weight in readers:
+        divided += 1 / _best_scale(weight, magnitude, tokens, group, dtype, fold, rows)
+    return len(readers) / divided
+
+
+def _best_scale(
+    weight: torch.Tensor,
+    magnitude: torch.Tensor,
+    tokens: torch.Tensor,
+    group: int,
+    dtype: torch.dtype,
+    fold: RowFold | None,
+    num_rows: int,
+) -> torch.Tensor:
+    """Of s = |x|^a / |w|^(1-a), and of 1, what rounds some rows of one matrix with the least error; tokens [in, n].
+
+    |w| is the mean over the rows, each value as a share of its group's largest.
+    """
+    shares = torch.cat([_shares(part, group) for part in weight.split(_ROWS_IN_ALL)]).mean(0)
+    if fold:
+        magnitude, shares = share_between_heads(magnitude, fold), share_between_heads(shares, fold)
+    rows = weight[:: max(1, len(weight) // num_rows)].float()
     base = magnitude.clamp(min=float(magnitude.mean()) * 1e-4 + 1e-12)
-    for exponent in EXPONENTS:
-        scale = base**exponent
+    shares = shares.clamp(min=1e-5)
+    best, chosen = torch.inf, torch.ones_like(magnitude)
+    for exponent in (None, *EXPONENTS):
+        scale = torch.ones_like(base) if exponent is None else base**exponent / shares ** (1 - exponent)
         scale = scale / (scale.max() * scale.min()).sqrt()
         scaled = rows * scale
         error = (round_to_scales(scaled, largest_scales(scaled, group, dtype)).dequantize() / scale).sub_(rows)
@@ -106,3 +131,8 @@ def search(
         if loss < best:
             best, chosen = loss, scale
     return chosen
+
+
+def _shares(rows: torch.Tensor, group: int) -> torch.Tensor:
+    groups = rows.float().unflatten(1, (-1, group)).abs()
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1)
