@@ -32,10 +32,10 @@ def test_means_are_weighted(inputs: Inputs) -> None:
 
 def test_a_sample_has_the_same_second_moments_and_is_always_the_same(inputs: Inputs) -> None:
     sample = inputs.sample()
-    assert len(sample) == 512 and torch.equal(sample, inputs.sample())
+    assert len(sample) == 1024 and torch.equal(sample, inputs.sample())
     each = [torch.as_tensor(weight).expand(len(x)).unsqueeze(-1) for x, weight in inputs.parts]
     squares = sum((x.float().square() * w).sum(0) for (x, _), w in zip(inputs.parts, each, strict=True))
-    assert torch.allclose(sample.square().sum(0) * 2800 / 512, torch.as_tensor(squares), rtol=0.35)
+    assert torch.allclose(sample.square().sum(0) * 2800 / 1024, torch.as_tensor(squares), rtol=0.35)
 
 
 def test_tokens_without_weight_count_for_nothing() -> None:

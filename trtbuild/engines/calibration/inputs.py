@@ -21,13 +21,13 @@ class Inputs:
 
     parts: Sequence[tuple[torch.Tensor, torch.Tensor | float]]
 
-    def moments(self) -> torch.Tensor:
-        """Weighted mean of x x^T, [in, in] in float32, with a ridge."""
+    def moments(self, *, ridge: bool = True) -> torch.Tensor:
+        """Weighted mean of x x^T, [in, in] in float32."""
         first, _ = self.parts[0]
         found = SecondMoments(first.shape[-1], first.device)
         for x, weights in self._chunks():
             found.add(x, weights)
-        return add_ridge(found.matrix(), found.num_tokens)
+        return add_ridge(found.matrix(), found.num_tokens) if ridge else found.matrix()
 
     def magnitude(self) -> torch.Tensor:
         """Weighted mean of |x|, [in]."""

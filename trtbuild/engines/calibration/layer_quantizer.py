@@ -21,7 +21,8 @@ from trtbuild.errors import CheckpointError
 class Method:
     """How int4 values are found.
 
-    smooth: with AWQ's scales, folded into what comes before; nothing is clipped.
+    smooth: with AWQ's scales, folded into what comes before; a mixture of experts is clipped too, a dense model is not
+    (engines/README.md has what was measured).
     compensate: with GPTQ's compensation of the rounding error, after a search of where to clip.
     """
 
@@ -105,7 +106,8 @@ class LayerQuantizer:
         group = int4_group(linear.in_features, linear.global_name)
         scale = self._input_scale(name, expert, inputs, group)
         matrix = self._matrix(name, expert).float()
-        found = self._rounded(matrix if scale is None else matrix * scale, scale, inputs, group)
+        clip = self._method.compensate or self._weights.plan.config.moe is not None
+        found = self._rounded(matrix if scale is None else matrix * scale, scale, inputs, group, clip=clip)
         self._found[name, expert] = found
         effective = found.dequantize()
         if scale is not None:
@@ -113,14 +115,18 @@ class LayerQuantizer:
         self._errors[name, expert] = torch.stack([(effective - matrix).square().sum(1), matrix.square().sum(1)])
         return effective
 
-    def _rounded(self, matrix: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, group: int) -> QuantizedWeight:
+    def _rounded(
+        self, matrix: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, group: int, *, clip: bool
+    ) -> QuantizedWeight:
         """A matrix [out, in] that `scale` has been multiplied into."""
-        if not self._method.compensate:
+        if not clip:
             return round_to_scales(matrix, largest_scales(matrix, group, self._dtype))
-        second = inputs.moments()
+        # What is fitted closely needs the ridge; a choice of ten steps does not.
+        second = inputs.moments(ridge=self._method.compensate)
         if scale is not None:
             second.div_(scale).div_(scale.unsqueeze(-1))
-        return compensate(matrix, choose_scales(matrix, second, group, self._dtype), second)
+        steps = choose_scales(matrix, second, group, self._dtype)
+        return compensate(matrix, steps, second) if self._method.compensate else round_to_scales(matrix, steps)
 
     def _matrix(self, name: str, expert: int | None) -> torch.Tensor:
         weight = self._weights.linears[self._prefix + name].weight
