@@ -57,14 +57,18 @@ def fit_device(
     moe: bool,
     tp: int,
     num_gpus: int | None = None,
+    missing: Sequence[str] | None = None,
 ) -> DeviceFit:
-    """One rank of each pipeline stage, every rank on a GPU of its own; the fullest decides."""
+    """One rank of each pipeline stage, every rank on a GPU of its own; the fullest decides.
+
+    `missing`: what the GPU lacks for another builder than tensorrt-rtx.
+    """
     usable = gpu.memory - RUNTIME_BYTES - (COLLECTIVE_BYTES if tp > 1 else 0)
     free = [usable - rank.weight_bytes - scratch for rank in stages]
     tokens = max(0, min(room // rank.cache_bytes for room, rank in zip(free, stages, strict=True)))
     sequences = tokens // limits.cache_capacity
     fullest = max(stages, key=lambda rank: rank.weight_bytes)
-    found = gpu.missing(formats, moe)
+    found = gpu.missing(formats, moe) if missing is None else list(missing)
     if num_gpus is not None and tp * len(stages) > num_gpus:
         found.append(f"{tp * len(stages)} ranks, each on a GPU of its own, are more than --gpus {num_gpus}")
     if min(free) < 0:
@@ -75,6 +79,8 @@ def fit_device(
         found.append(f"{gib(min(free))} are left for the KV cache, one sequence takes {gib(needed)}")
     notes = () if gpu.has_rtx_engines else (RTX_ONLY.format(target=gpu.target),)
     notes += (PIPELINE_ONLY,) if len(stages) > 1 else ()
+    if missing is not None:
+        notes = ()
     return DeviceFit(gpu, usable, fullest.weight_bytes, scratch, tokens, sequences, tuple(found), notes)
 
 

@@ -87,14 +87,20 @@ class HostForecaster:
     workers: int
 
     def forecast(self) -> HostForecast:
-        memory, seconds = {"compile": self._compile_memory()}, {"compile": self._compile_seconds()}
-        disk = {"plans": sum(_plan_bytes(task) for task in self._tasks)}
+        memory: dict[str, Range] = {}
+        seconds: dict[str, Range] = {}
+        disk: dict[str, int] = {}
+        # What trtllm-build takes was never seen here.
+        is_ours, num_plans = self.job.recipe.builder != "tensorrt-llm", 0
+        if is_ours:
+            memory["compile"], seconds["compile"] = self._compile_memory(), self._compile_seconds()
+            disk["plans"], num_plans = sum(_plan_bytes(task) for task in self._tasks), len(self._tasks)
         if not self.job.recipe.plan_only:
             memory["convert"], seconds["convert"] = self._convert_memory(), self._convert_seconds()
             disk |= {"source checkpoint": self._source_bytes, "rank checkpoint": sum(rank_file_sizes(self.job))}
             if needs_text(self.job.precision):
                 memory["calibrate"], seconds["calibrate"] = self._calibrate_memory(), self._calibrate_seconds()
-        return HostForecast(memory, seconds, disk, len(self._tasks))
+        return HostForecast(memory, seconds, disk, num_plans)
 
     @cached_property
     def _tasks(self) -> list[PlanTask]:

@@ -100,7 +100,8 @@ def _rank_size(plan: RankPlan, kinds: Mapping[str, int]) -> RankSize:
         for tensor in plan.plain
         if tensor.spec.name.endswith(("lm_head.weight", "router.weight", "kv_b_proj.weight"))
     )
-    per_layer = sum(heads * width for heads, width in plan.cache_shapes().values()) * CACHE_ITEM
+    item = 1 if plan.precision.fp8_cache else CACHE_ITEM
+    per_layer = sum(heads * width for heads, width in plan.cache_shapes().values()) * item
     quantized = sum(_linear_ops(linear, config) for linear in plan.linears)
     fp8 = sum(_linear_ops(linear, config) for linear in plan.linears if linear.precision in ("fp8", "fp8-dynamic"))
     return RankSize(plan.layers, dict(kinds), per_layer * len(plan.layers), quantized, fp8, plain, attention_ops)

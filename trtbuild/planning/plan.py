@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.containers import Installed
 from trtbuild.engines.compile import Job
 from trtbuild.engines.tensorrt.targets import formats_of
+from trtbuild.engines.tensorrt_llm.builder import TrtllmJob
+from trtbuild.engines.tensorrt_llm.machine import BuildMachine, gpu_problems
 from trtbuild.errors import Refused
 from trtbuild.planning.device_fit import DeviceFit, can_forecast_scratch, fit_device, scratch_bytes
 from trtbuild.planning.gpus import GPUS, Gpu, gpu_named
@@ -56,13 +60,20 @@ class EnginePlan:
     recommendations: Sequence[Recommendation]
     host: HostForecast
 
+    @property
+    def is_trtllm(self) -> bool:
+        """Whether TensorRT-LLM would build it, whose activations nobody here can forecast."""
+        return self.job.recipe.builder == "tensorrt-llm"
+
     def check(self, gpu_name: str | None) -> None:
         """Raises `Refused` where a GPU was named and the asked layout does not run on it; names what does."""
         fit = self.devices[0].fit
         if gpu_name is None or (fit.fits and not fit.notes):
             return
-        choice = self.recommendations[0].choice
-        if fit.gpu.has_rtx_engines:
+        choice = self.recommendations[0].choice if self.recommendations else None
+        if self.is_trtllm:
+            fix = "; another --tp, --precision or --gpu may do"
+        elif fit.gpu.has_rtx_engines:
             fix = f"; {choice.flags} does on {choice.num_gpus}" if choice else f"; {self._smallest_machine(fit.gpu)}"
         else:
             fix = ""
@@ -115,11 +126,14 @@ def make_plan(job: Job, *, gpu_name: str | None = None, num_gpus: int | None = N
             "which it lies"
         )
     gpus = [gpu_named(gpu_name)] if gpu_name is not None else list(GPUS.values())
-    ranks = [measure_rank(plan) for plan in job.plans]
+    is_trtllm = job.recipe.builder == "tensorrt-llm"
+    if is_trtllm:
+        TrtllmJob.resolve(job, BuildMachine(Installed(None), []))
+    ranks = [measure_rank(plan) for plan in _engine_plans(job)]
     stages = ranks[:: job.layout.tp]
     recipe, limits = job.recipe, job.limits
     scratch = None
-    if can_forecast_scratch():
+    if can_forecast_scratch() and not is_trtllm:
         scratch = scratch_bytes(job.plans, limits, recipe.moe_form, recipe.embed_weights, recipe.segment_layers)
     context = limits.max_seq_len // 2
     devices = [_report_device(job, gpu, stages, scratch or 0, context, num_gpus) for gpu in gpus]
@@ -133,16 +147,27 @@ def make_plan(job: Job, *, gpu_name: str | None = None, num_gpus: int | None = N
         scratch=scratch,
         context=context,
         devices=devices,
-        recommendations=[_recommend(job, GPUS[name], count) for name, count in machines],
+        recommendations=[] if is_trtllm else [_recommend(job, GPUS[name], count) for name, count in machines],
         host=HostForecaster(job, workers).forecast(),
     )
+
+
+def _engine_plans(job: Job) -> list[RankPlan]:
+    """What the engine holds: of weights that trtllm-build quantizes, the quantized ones and not the checkpoint's."""
+    if not job.precision.is_deferred:
+        return job.plans
+    held = replace(job.precision, dialect="tensorrt-rtx")
+    return [plan_rank(job.config, rank, held) for rank in job.layout.ranks()]
 
 
 def _report_device(
     job: Job, gpu: Gpu, stages: Sequence[RankSize], scratch: int, context: int, num_gpus: int | None
 ) -> DeviceReport:
     needed = formats_of(job.precision)
-    fit = fit_device(gpu, stages, scratch, job.limits, needed, job.config.moe is not None, job.layout.tp, num_gpus)
+    missing = list(gpu_problems(gpu.sm, job.precision)) if job.recipe.builder == "tensorrt-llm" else None
+    fit = fit_device(
+        gpu, stages, scratch, job.limits, needed, job.config.moe is not None, job.layout.tp, num_gpus, missing
+    )
     if not fit.fits:
         return DeviceReport(fit, None, {})
     roofline = Roofline(job.config, job.layout, stages, gpu)

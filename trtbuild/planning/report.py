@@ -47,7 +47,8 @@ def _tables(plan: EnginePlan) -> Iterator[Table]:
     if any(device.fit.fits for device in plan.devices):
         yield _roofline_table(plan)
     yield _host_table(plan)
-    yield _recommendation_table(plan)
+    if plan.recommendations:
+        yield _recommendation_table(plan)
 
 
 def _heading(plan: EnginePlan) -> str:
@@ -63,7 +64,8 @@ def _heading(plan: EnginePlan) -> str:
         f"  precision   {job.precision.weights}{kept}",
         f"  layout      tp {layout.tp}, pp {layout.pp}, moe-tp {layout.moe_tp}, moe-ep {layout.moe_ep}",
         f"  attention   {plan.attention}",
-        f"  limits      {limits.max_batch_size} slots of {limits.max_seq_len} tokens, chunks of {limits.chunk_size}",
+        f"  limits      {limits.max_batch_size} slots of {limits.max_seq_len} tokens"
+        + ("" if plan.is_trtllm else f", chunks of {limits.chunk_size}"),
     ]
     return "\n".join(lines)
 
@@ -87,7 +89,8 @@ def _rank_table(plan: EnginePlan) -> Table:
 
 def _fit_table(plan: EnginePlan) -> Table:
     world = plan.job.layout.world_size
-    scratch = "not forecast, for tensorrt-rtx is not installed" if plan.scratch is None else _size(plan.scratch)
+    why = "what TensorRT-LLM takes is not known" if plan.is_trtllm else "for tensorrt-rtx is not installed"
+    scratch = f"not forecast, {why}" if plan.scratch is None else _size(plan.scratch)
     title = f"Does it fit on {world} of them? (scratch on each: {scratch})"
     table = _table(title, "GPU", "usable", "KV tokens", "sequences", left="why not")
     for device in plan.devices:
@@ -97,9 +100,9 @@ def _fit_table(plan: EnginePlan) -> Table:
         table.add_row(title, gib(fit.usable_bytes), *held, "; ".join(fit.limits), style=None if fit.fits else "dim")
     notes = [
         "no target of TensorRT-RTX: needs the builder tensorrt or tensorrt-llm, on such a GPU"
-        if any(not device.fit.gpu.has_rtx_engines for device in plan.devices)
+        if any(not device.fit.gpu.has_rtx_engines for device in plan.devices) and not plan.is_trtllm
         else "",
-        PIPELINE_ONLY if plan.job.layout.pp > 1 else "",
+        PIPELINE_ONLY if plan.job.layout.pp > 1 and not plan.is_trtllm else "",
     ]
     if any(notes):
         table.caption = "+ " + "; ".join(note for note in notes if note)

@@ -15,7 +15,13 @@ from trtbuild.engines.compile import CompileReport, Job, common_passport, conver
 from trtbuild.engines.passport import PASSPORT, Passport, file_digests
 from trtbuild.engines.tensorrt_llm.engine_config import TrtllmEngine
 from trtbuild.engines.tensorrt_llm.flags import Facts, FlagValue, derive, problems
-from trtbuild.engines.tensorrt_llm.machine import BuildMachine, check_machine, gpu_problems, this_machine
+from trtbuild.engines.tensorrt_llm.machine import (
+    BuildMachine,
+    check_machine,
+    gpu_problems,
+    target_problems,
+    this_machine,
+)
 from trtbuild.engines.tensorrt_llm.rank_processes import LOGS, RankBuilds, rank_command
 from trtbuild.engines.tensorrt_llm.validation import check_engine
 from trtbuild.errors import refuse_all
@@ -37,6 +43,7 @@ class TrtllmJob:
     @classmethod
     def resolve(cls, job: Job, machine: BuildMachine | None = None) -> TrtllmJob:
         """Raises Refused for flags that trtllm-build would refuse or change; see `check` for the machine."""
+        refuse_all("--builder tensorrt-llm", target_problems(job.recipe.target))
         machine = this_machine() if machine is None else machine
         facts = _facts(job, machine.sm or _sm_of(job.recipe.target))
         refuse_all("[trtllm]", problems(facts, job.recipe.trtllm))

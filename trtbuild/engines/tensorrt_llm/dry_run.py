@@ -54,7 +54,8 @@ def _header(resolved: TrtllmJob) -> Iterator[str]:
         place = f"; its container is {container.image}" if container else ""
         yield f"# TensorRT-LLM {release} is assumed, and not installed here{place}"
     else:
-        yield f"# TensorRT-LLM {release}, TensorRT {machine.installed.tensorrt}"
+        tensorrt = machine.installed.tensorrt
+        yield f"# TensorRT-LLM {release}" + (f", TensorRT {tensorrt}" if tensorrt else "")
     gpu = (
         f"{len(machine.gpus)} x {machine.gpus[0].name}"
         if machine.gpus
@@ -73,6 +74,8 @@ def _checkpoint(resolved: TrtllmJob) -> Iterator[str]:
         k: v for k, v in quantization_section(config, job.layout, job.precision).items() if v not in (None, False)
     }
     yield f"#    config.json: quantization {json.dumps(section)}"
+    if job.precision.is_deferred:
+        yield f"#    its linear layers are {job.precision.dtype}: trtllm-build quantizes them ({section['quant_algo']})"
     for rank, plan in enumerate(job.plans):
         tensors = plan.tensors()
         size = format_bytes(sum(spec.num_bytes for spec in tensors))

@@ -204,6 +204,8 @@ def _overridden(facts: Facts, given: Mapping[str, FlagValue]) -> Iterator[str]:
     most = max(facts.max_batch_size * facts.max_seq_len, least)
     if isinstance(tokens, int) and tokens > most:
         yield f"max_num_tokens = {tokens}: it is cut to max_batch_size x max_seq_len, {most}"
+    if least & (least - 1):
+        yield f"tokens_per_block = {least}: blocks of the KV cache are powers of two"
     if isinstance(tokens, int) and tokens < least:
         yield f"max_num_tokens = {tokens}: it is lifted to tokens_per_block, {least}"
     if "reduce_fusion" in on and not _reduces(facts):

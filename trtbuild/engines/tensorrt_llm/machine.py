@@ -59,9 +59,7 @@ def _problems(machine: BuildMachine, precision: Precision, target: Sequence[str]
     if len(models) > 1:
         found = ", ".join(f"{name} ({sm})" for sm, name in models.items())
         yield f"GPUs of several kinds, {found}: name those of one kind in CUDA_VISIBLE_DEVICES"
-    if len(target) > 1:
-        yield f"--target {','.join(target)}: an engine is for one compute capability, that of the GPU that builds it"
-    elif target and target[0] not in models:
+    if len(target) == 1 and target[0] not in models:
         yield f"--target {target[0]}: the GPU here is {machine.gpus[0].target} ({machine.gpus[0].name})"
     container = machine.installed.container or container_for(machine.release)
     problem = container.driver_problem(machine.gpus[0].driver) if container else None
@@ -97,6 +95,11 @@ def _expected_tensorrt(installed: Installed) -> bool:
     if installed.tensorrt is None or container is None or container.tensorrt is None:
         return True
     return installed.tensorrt.split(".")[:2] == container.tensorrt.split(".")[:2]
+
+
+def target_problems(target: Sequence[str]) -> Iterator[str]:
+    if len(target) > 1:
+        yield f"--target {','.join(target)}: an engine is for one compute capability, that of the GPU that builds it"
 
 
 def gpu_problems(sm: int, precision: Precision) -> Iterator[str]:
