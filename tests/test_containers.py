@@ -161,7 +161,7 @@ def test_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, None, "info", ["not installed", "--dry-run"]),
         ("1.2.1", "590.44.01", "ok", ["1.2.1", "26.07-trtllm", "driver 580 or later", "driver 590.44.01"]),
         ("1.2.1", "535.183.01", "missing", ["driver 535.183.01 is older than 580"]),
-        ("1.2.1", None, "ok", ["26.07-trtllm"]),
+        ("1.2.1", None, "info", ["26.07-trtllm", "no GPU: it can plan (--dry-run) but not build here"]),
         ("1.3.0rc1", None, "info", ["no NGC container has this release", "1.2.1, 1.2.0, 1.1.0"]),
     ],
 )
@@ -170,10 +170,11 @@ def test_doctor_says_which_container_it_is(
 ) -> None:
     monkeypatch.setattr(module, "find_installed", lambda: Installed(version))
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(doctor, "_has_cuda_gpu", lambda: driver is not None)
     finding = doctor._tensorrt_llm()
     assert finding.status == status
     assert [word for word in words if word not in finding.detail] == []
-    assert (finding.fix != "") == (version is None)
+    assert ("docker build -f build/Dockerfile" in finding.fix) == (version is None)
 
 
 def test_the_document_has_the_table() -> None:

@@ -16,6 +16,7 @@ from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.tensorrt_llm_config import tensorrt_llm_config
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.passport import FORMAT_VERSION, PASSPORT, file_digests
+from trtbuild.workspace import REQUEST_FILE, digest_of
 
 TINY_MIXTRAL = Path(__file__).parent / "checkpoints" / "tiny-mixtral"
 VERSION = "1.2.1"
@@ -67,7 +68,8 @@ def make_trtllm_engine(
     build: Mapping[str, Any] | None = None,
     plugins: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The engine `directory`, as the builder `tensorrt-llm` leaves it: its passport, config.json, engines, tokenizer.
+    """The engine `directory`, as the builder `tensorrt-llm` leaves it: its passport, request.json,
+    config.json, engines, tokenizer.
 
     `source` gives the model and its tokenizer, `name` is the directory's unless given. The mappings replace fields:
     `model` of the passport's ModelConfig, `pretrained` and `quantization` of pretrained_config, `build` of
@@ -85,6 +87,8 @@ def make_trtllm_engine(
     for rank in range(layout.world_size):
         (directory / f"rank{rank}.engine").write_bytes(b"ftrt" + bytes([rank]) * 60)
     _copy_tokenizer(source, directory)
+    request = {"release": version, "model": str(source)}
+    _write(directory / REQUEST_FILE, {"digest": digest_of(request), "request": request})
     _write(directory / PASSPORT, _passport(directory, name or directory.name, config, layout, form, built, version))
     return directory
 

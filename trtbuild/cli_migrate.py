@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trtbuild.cli_options import force_option, json_option
+from trtbuild.cli_options import json_option
 
 if TYPE_CHECKING:
     from trtbuild.migrate.migrate import EngineMigration, Migration
@@ -27,7 +27,7 @@ _COLOURS = {"error": "red", "warning": "yellow", "info": "blue"}
 @click.option("--release", metavar="VERSION", help="TensorRT-LLM that serves it.  [default: the installed one]")
 @click.option("--container", metavar="YY.MM", help="NGC container that serves it.")
 @click.option("--world-size", type=click.IntRange(min=1), metavar="N", help="Ranks that MPI starts.")
-@force_option
+@click.option("--force", is_flag=True, help="Replace the file of -o.")
 @json_option
 def migrate(
     repo: Path,
@@ -63,6 +63,7 @@ def migrate(
         _print_findings(found, to_stderr=output is None)
         if output is None and engine is not None:
             click.echo(engine.toml, nl=False)
+    _print_recipe(found, engine, output, to_stderr=as_json or output is None)
     found.check()
 
 
@@ -79,7 +80,18 @@ def _write(output: Path, found: Migration, engine: EngineMigration | None) -> No
             raise Refused(f"-o {output}: {error.strerror}") from error
 
 
+def _print_recipe(found: Migration, engine: EngineMigration | None, output: Path | None, to_stderr: bool) -> None:
+    """Where the recipe went, or why there is none."""
+    if engine is not None and output is not None:
+        click.echo(f"recipe of {engine.model}: {output}", err=to_stderr)
+    elif not found.engines:
+        where = "" if output is None else f", and {output} is not written"
+        click.echo(f"no recipe{where}: {found.why_no_recipe}", err=to_stderr)
+
+
 def _print_findings(found: Migration, to_stderr: bool) -> None:
+    from trtbuild.migrate.findings import plural
+
     release = f" for TensorRT-LLM {found.release}" if found.release else ""
     click.echo(f"repository {found.repository}{release}", err=to_stderr)
     for name, role in found.roles.items():
@@ -88,8 +100,8 @@ def _print_findings(found: Migration, to_stderr: bool) -> None:
         click.echo(f"{click.style(finding.severity, fg=_COLOURS[finding.severity])} {finding.place}", err=to_stderr)
         click.echo(f"  {finding.key}: found {finding.found}; allowed: {finding.allowed}", err=to_stderr)
         click.echo(f"  fix: {finding.fix}", err=to_stderr)
-    counts = (("error", "errors"), ("warning", "warnings"), ("info", "notes"))
-    click.echo(", ".join(f"{found.count(severity)} {word}" for severity, word in counts), err=to_stderr)
+    words = {"error": "error", "warning": "warning", "info": "note"}
+    click.echo(", ".join(plural(found.count(severity), word) for severity, word in words.items()), err=to_stderr)
     if len(found.engines) > 1:
         names = ", ".join(engine.model for engine in found.engines)
         click.echo(f"several engines: --model says whose recipe is wanted ({names})", err=to_stderr)

@@ -95,6 +95,7 @@ def package(
     from trtbuild.workspace import Workspace
 
     if llmapi:
+        _check_llmapi_flags(click.get_current_context())
         _package_llmapi(Workspace(workspace), names, alias, trtllm_options, as_json)
         return
     packaging = TrtllmPackaging(read_options(trtllm_options), prefix, engine_path)
@@ -103,12 +104,12 @@ def package(
         image=k8s_image, claim=k8s_claim, no_gpu=k8s_no_gpu or None, gpus_per_node=gpus_per_node,
     )  # fmt: skip
     installation = None if no_check else find_triton(tritonserver)
-    if no_check:
-        click.echo("WARNING: --no-check: nobody has seen Triton load these packages, or answer with them", err=True)
     packaged = package_engines(
         Workspace(workspace), names, WorkerSettings(**settings), alias=alias, installation=installation,
         progress=terminal_progress, trtllm=packaging,
     )  # fmt: skip
+    if no_check:
+        click.echo("WARNING: --no-check: nobody has seen Triton load these packages, or answer with them", err=True)
     if as_json:
         click.echo(json.dumps([one.to_dict() for one in packaged], indent=1))
     else:
@@ -118,6 +119,27 @@ def package(
 
         for one, path in zip(manifests, write_manifests(manifests, k8s_directory), strict=True):
             click.echo("\n".join([f"{path}: {one.kinds()}", *(f"  {note}" for note in one.notes)]), err=True)
+
+
+def _check_llmapi_flags(context: click.Context) -> None:
+    """What is given beside --llmapi must be for it: nothing else would read the others."""
+    from click.core import ParameterSource
+
+    from trtbuild.errors import Refused
+
+    ours = {"names", "alias", "trtllm_options", "llmapi", "workspace", "as_json"}
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name is not None
+        and option.name not in ours
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        names = " and --alias names its model" if "--prefix" in given else ""
+        raise Refused(
+            f"{', '.join(given)}: not for --llmapi, whose model is told by --trtllm NAME=VALUE{names}; leave out"
+        )
 
 
 def _package_llmapi(
@@ -224,13 +246,14 @@ def serve(
 ) -> None:
     """Run Triton over the model repository until Ctrl-C or SIGTERM; then requests in flight finish.
 
-    NAME... serves only these engines. Without a GPU the reference executor (PyTorch) answers, through the same
-    repository and interface. Of a TensorRT-LLM engine each rank gets a process of its own, started by MPI.
+    NAME... serves only these engines, by the engine's name, its prefix or one of its models. Without a GPU the
+    reference executor (PyTorch) answers, through the same repository and interface. Of a TensorRT-LLM engine each rank
+    gets a process of its own, started by MPI.
     """
     from trtbuild.errors import Refused
     from trtbuild.progress import terminal_progress
     from trtbuild.triton_repo.installation import find_triton
-    from trtbuild.triton_repo.serve import ServeOptions, models_to_load
+    from trtbuild.triton_repo.serve import ServeOptions, check_ports, models_to_load
     from trtbuild.triton_repo.serve import serve as run
     from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions
     from trtbuild.triton_repo.tensorrt_llm.served_models import has_trtllm_models
@@ -248,6 +271,7 @@ def serve(
         triton_arguments=triton_arguments,
         log_format=front_end["log_format"],
     )
+    check_ports(options)
     launch = LaunchOptions(
         launcher or "mpirun", hostfile, multi_model, spawn=not disable_spawn_processes, arguments=launcher_arguments
     )

@@ -11,10 +11,15 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+import trtbuild
 from trtbuild.errors import Refused
 
 Status = Literal["ok", "missing", "info"]
 RTX_COMMAND = "pip install 'trtbuild[rtx]'"
+# NGC's container as it is has no trtbuild.
+_IMAGE_COMMAND = (
+    f"docker build -f build/Dockerfile -t trtbuild-trtllm:{trtbuild.__version__} .  # in trtbuild's repository"
+)
 _MARKS = {"ok": "[green]ok     [/]", "missing": "[yellow]missing[/]", "info": "[blue]note   [/]"}
 
 
@@ -142,7 +147,8 @@ def _tensorrt_llm() -> Finding:
     if here.tensorrt_llm is None:
         newest = container_for("1.2.1")
         detail = "not installed: --builder tensorrt-llm can plan (--dry-run) but not build here"
-        return Finding("TensorRT-LLM", "info", detail, f"docker run --gpus all -it {newest.image}" if newest else "")
+        detail += f"; its container is {newest.image}" if newest else ""
+        return Finding("TensorRT-LLM", "info", detail, _IMAGE_COMMAND)
     container = here.container or container_for(here.tensorrt_llm)
     tensorrt = f", TensorRT {here.tensorrt}" if here.tensorrt else ""
     detail = f"{here.tensorrt_llm}{tensorrt}"
@@ -154,7 +160,15 @@ def _tensorrt_llm() -> Finding:
     problem = container.driver_problem(driver) if driver else None
     if problem is not None:
         return Finding("TensorRT-LLM", "missing", f"{detail}; {problem}")
+    if not _has_cuda_gpu():
+        return Finding("TensorRT-LLM", "info", f"{detail}; no GPU: it can plan (--dry-run) but not build here")
     return Finding("TensorRT-LLM", "ok", detail + (f"; driver {driver}" if driver else ""))
+
+
+def _has_cuda_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _triton() -> Finding:

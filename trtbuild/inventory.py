@@ -99,7 +99,7 @@ def check_contents(items: Iterable[Item]) -> Iterator[tuple[Item, str | None]]:
             if item.stage == "engines":
                 passport = Passport.open(item.path)
                 passport.check_files()
-                if not passport.has_weights:
+                if not passport.has_rank_checkpoint:
                     yield item, None
                     continue
             verify_content(RankCheckpoint.open(item.path))
@@ -214,13 +214,18 @@ def _describe(stage: Stage, authority: dict[str, Any]) -> str:
     parts = [authority["model"]["architecture"], precision, ranks]
     if stage == "engines":
         parts += [f"{authority['builder']['name']} {authority['builder']['version']}", authority["created"][:10]]
-        parts += [_accuracy(authority)] if authority["digests"]["weights"] else ["plans only"]
+        parts.append(_accuracy(authority))
     return ", ".join(parts)
 
 
 def _accuracy(passport: dict[str, Any]) -> str:
+    """In a word; only what `trtbuild verify` can run is told to be not verified."""
     from trtbuild.engines.passport import accuracy_state
 
+    if passport["digests"].get("engines"):
+        return "verify cannot run it"
+    if not passport["digests"]["weights"]:
+        return "plans only"
     state = accuracy_state(passport)
     told = {"none": "not verified", "stale": "verified before it changed", "failed": "failed verify"}
     return told.get(state) or f"verified {passport['accuracy']['date'][:10]}"

@@ -20,12 +20,14 @@ def print_conversion(checkpoint: RankCheckpoint, as_json: bool) -> None:
     """The rank checkpoint: where, how big, and which precision how many layers got."""
     sizes = [file.stat().st_size for file in sorted(checkpoint.directory.glob("rank*.safetensors"))]
     linears = _precisions(checkpoint.authority["tensors"])
+    later = _quantized_later(checkpoint.authority)
     if as_json:
-        click.echo(json.dumps({"directory": str(checkpoint.directory), "rank_bytes": sizes, "precisions": linears}))
+        facts = {"directory": str(checkpoint.directory), "rank_bytes": sizes, "precisions": linears}
+        click.echo(json.dumps(facts | {"quantized_by_trtllm_build": later}))
         return
     click.echo(f"rank checkpoint  {checkpoint.directory}")
     click.echo(f"  ranks          {len(sizes)}, {', '.join(_mib(size) for size in sizes)}")
-    click.echo(f"  linear layers  {_describe_precisions(linears)}")
+    click.echo(f"  linear layers  {_describe_precisions(linears, later)}")
     _print_choices(checkpoint.authority)
 
 
@@ -91,10 +93,14 @@ def print_engine(report: CompileReport, memory: MemoryReport, as_json: bool) -> 
         f"prompts up to {limits['max_input_len']}, chunks of {limits['chunk_size']}"
     )
     if passport["tensors"]:
-        click.echo(f"  weights  linear layers: {_describe_precisions(_precisions(passport['tensors']))}")
+        described = _describe_precisions(_precisions(passport["tensors"]), _quantized_later(passport))
+        click.echo(f"  weights  linear layers: {described}")
         _print_choices(passport)
     builder = passport["builder"]
-    click.echo(f"  plans    {len(passport['plans'])}, {builder['name']} {builder['version']}, for {targets}")
+    what, count = "plans  ", len(passport["plans"])
+    if builder["name"] == "tensorrt-llm":
+        what, count = "engines", layout["tp"] * layout["pp"]
+    click.echo(f"  {what}  {count}, {builder['name']} {builder['version']}, for {targets}")
     for plan in passport["plans"]:
         click.echo(f"           {describe_plan(plan)}")
     click.echo(f"  took     {report.seconds:.1f} s")
@@ -105,14 +111,19 @@ def print_engine(report: CompileReport, memory: MemoryReport, as_json: bool) -> 
         click.echo(f"  memory   {_mib(memory.measured)} anonymous at the peak; {told}")
     if report.kernels:
         click.echo(f"  kernels  {report.kernels}")
+    click.echo(_after_compile(passport, report.directory.parents[1]))
+
+
+def _after_compile(passport: dict[str, Any], root: Path) -> str:
+    """The next command, or why there is none."""
+    place = "" if root.resolve() == Path.cwd() else f" --workspace {shlex.quote(str(root))}"
     if not passport["tensors"]:
-        click.echo("  note     plans only: without weights nothing can run it")
-    elif not any("tokenizer/tokenizer" in file for file in passport["digests"]["tokenizer"]):
-        click.echo("  note     the checkpoint has no tokenizer: prompts must be token ids")
-    else:
-        root = report.directory.parents[1]
-        place = "" if root.resolve() == Path.cwd() else f" --workspace {shlex.quote(str(root))}"
-        click.echo(f'next: trtbuild generate {passport["name"]} "a prompt"{place}')
+        return "  note     plans only: without weights nothing can run it"
+    if not any("tokenizer/tokenizer" in file for file in passport["digests"]["tokenizer"]):
+        return "  note     the checkpoint has no tokenizer: prompts must be token ids"
+    if passport["builder"]["name"] == "tensorrt-llm":
+        return f"next: trtbuild package {passport['name']}{place}"
+    return f'next: trtbuild generate {passport["name"]} "a prompt"{place}'
 
 
 def describe_plan(plan: dict[str, Any]) -> str:
@@ -133,8 +144,17 @@ def _precisions(tensors: dict[str, Any]) -> dict[str, int]:
     return dict(Counter(entry["precision"] for name, entry in tensors.items() if not name.startswith("rank")))
 
 
-def _describe_precisions(linears: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(linears.items()))
+def _quantized_later(authority: dict[str, Any]) -> str | None:
+    """The algorithm by which trtllm-build quantizes the linear layers, which the rank checkpoint has in 16 bit."""
+    from trtbuild.checkpoints.precision import DEFERRED, Precision
+
+    precision = Precision.from_dict(authority["precision"])
+    return DEFERRED[precision.weights] if precision.is_deferred else None
+
+
+def _describe_precisions(linears: dict[str, int], later: str | None) -> str:
+    found = ", ".join(f"{count} {name}" for name, count in sorted(linears.items()))
+    return f"{found}; trtllm-build quantizes them ({later})" if later else found
 
 
 def _mib(size: float) -> str:

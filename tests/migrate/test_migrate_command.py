@@ -37,7 +37,9 @@ def test_errors_end_with_4(repo: HandFilled, tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert "error tensorrt_llm/config.pbtxt:" in result.stdout
     assert "max_beam_width: found 4; allowed: at most the engine's 1" in result.stdout
-    assert "1 error(s)" in result.stderr
+    assert "1 error, 0 warnings" in result.stdout
+    assert "1 error, with its fix above" in result.stderr
+    assert f"recipe of tensorrt_llm: {tmp_path / 'recipe.toml'}" in result.stdout
     # The engine is what it is, whatever the repository says.
     assert Recipe.read(tmp_path / "recipe.toml").layout.world_size == 1
 
@@ -77,6 +79,26 @@ def test_several_engines_want_a_name(repo: HandFilled, tmp_path: Path) -> None:
     assert chosen.exit_code == 0
     assert "What draft of the old repository" in chosen.stdout
     assert run(root, "--model", "big").exit_code == 3
+
+
+@pytest.mark.parametrize(("as_json", "with_output"), [(False, True), (True, True), (False, False)])
+def test_without_an_engine_it_says_why_there_is_no_recipe(
+    as_json: bool, with_output: bool, repo: HandFilled, tmp_path: Path
+) -> None:
+    (repo.engine / "config.json").unlink()
+    output = tmp_path / "recipe.toml"
+    result = run(repo.write(), *(["-o", output] if with_output else []), *(["--json"] if as_json else []))
+    assert result.exit_code == 4
+    assert not output.exists()
+    where = f", and {output} is not written" if with_output else ""
+    stream = result.stdout if with_output and not as_json else result.stderr
+    assert f"no recipe{where}: a recipe is read from an engine's config.json" in stream
+    if as_json:
+        assert json.loads(result.stdout)["engines"] == []
+
+
+def test_force_is_about_the_file() -> None:
+    assert "Replace the file of -o." in run("--help").stdout
 
 
 def test_nothing_in_the_repository_is_changed(repo: HandFilled) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import pytest
 from hand_filled_repository import HandFilled, hand_filled
 
 from trtbuild.checkpoints.layout import Layout
+from trtbuild.engines.recipe import Recipe
+from trtbuild.engines.tensorrt_llm.flags import Facts, problems
 from trtbuild.migrate.findings import Finding
 from trtbuild.migrate.migrate import migrate_repository
 
@@ -275,9 +278,9 @@ MISTAKES = [
     Mistake("beams", parameter("max_beam_width", "4"),
             ("error", "max_beam_width", ENGINE, "max_beam_width"), "engine's 1"),
     Mistake("chunked", no_paged_attention(parameter("enable_chunked_context", "true")),
-            ("error", "chunked_context", ENGINE, "enable_chunked_context"), "--use_paged_context_fmha"),
+            ("error", "chunked_context", ENGINE, "enable_chunked_context"), "--trtllm use_paged_context_fmha=enable"),
     Mistake("reuse", engine(plugins={"use_paged_context_fmha": False}),
-            ("error", "kv_cache_reuse", ENGINE, "enable_kv_cache_reuse"), "--use_paged_context_fmha"),
+            ("error", "kv_cache_reuse", ENGINE, "enable_kv_cache_reuse"), "--trtllm use_paged_context_fmha=enable"),
     Mistake("reuse_by_default", both(no_paged_attention(), parameter("enable_kv_cache_reuse", "")),
             ("warning", "kv_cache_reuse", ENGINE, "enable_kv_cache_reuse"), "not set"),
     Mistake("reuse_int8", engine(quantization={"kv_cache_quant_algo": "INT8"}),
@@ -291,11 +294,11 @@ MISTAKES = [
     Mistake("continuous_cache", engine(build={"kv_cache_type": "CONTINUOUS"}),
             ("error", "inflight_batching", ENGINE, "gpt_model_type"), "paged"),
     Mistake("lora", parameter("lora_cache_max_adapter_size", "32"),
-            ("warning", "lora", ENGINE, "lora_cache_max_adapter_size"), "--lora_plugin"),
+            ("warning", "lora", ENGINE, "lora_cache_max_adapter_size"), "--trtllm lora_plugin=auto"),
     Mistake("cross_cache", parameter("cross_kv_cache_fraction", "0.5"),
             ("error", "cross_kv_cache", ENGINE, "cross_kv_cache_fraction")),
     Mistake("weight_streaming", parameter("gpu_weights_percent", "0.5"),
-            ("error", "weight_streaming", ENGINE, "gpu_weights_percent"), "--weight_streaming"),
+            ("error", "weight_streaming", ENGINE, "gpu_weights_percent"), "--trtllm weight_streaming=true"),
     Mistake("medusa", parameter("decoding_mode", "medusa"), ("warning", "decoding_mode", ENGINE, "decoding_mode")),
     Mistake("lookahead", both(parameter("decoding_mode", "lookahead"), engine(build={"speculative_decoding_mode": 8})),
             ("error", "decoding_mode", ENGINE, "lookahead_window_size"), "all three"),
@@ -363,6 +366,67 @@ def test_mistake_gives_exactly_its_finding(
     assert mistake.found in f"{found[0].found} | {found[0].allowed} | {found[0].fix}"
     assert found[0].fix
     assert found[0].allowed
+
+
+_FIXED_BY_A_BUILD = (
+    "batch", "beams", "chunked", "reuse", "reuse_by_default", "logits", "lora", "weight_streaming", "medusa",
+    "continuous_cache",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _FIXED_BY_A_BUILD)
+def test_builds_that_are_proposed_are_commands_of_ours(name: str, tmp_path: Path) -> None:
+    """Each flag that a fix names is one of `trtbuild compile`, or of trtllm-build with a value that it takes."""
+    [mistake] = [mistake for mistake in MISTAKES if mistake.name == name]
+    repo = hand_filled(tmp_path / "repo", mistake.release)
+    mistake.change(repo)
+    [finding] = [f for f in findings_of(repo) if _facts(f) == mistake.expected]
+    _, command = finding.fix.split("build the engine again: trtbuild compile RECIPE ")
+    words = command.split()
+    assert {word for word in words if word.startswith("--")} <= {"--trtllm", "--max-batch-size"}
+    flags = [value for flag, value in itertools.pairwise(words) if flag == "--trtllm"]
+    assert ("--max-batch-size 8" in command) == (not flags) == (name == "batch")
+    given = Recipe.create(model="any", trtllm=tuple(flags)).trtllm if flags else {}
+    assert not list(problems(_FACTS, given))
+
+
+_FACTS = Facts(
+    architecture="MixtralForCausalLM", dtype="bfloat16", quant_algo=None, kv_cache_quant_algo=None, is_moe=True,
+    tp=1, pp=1, max_batch_size=4, max_input_len=255, max_seq_len=256,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "unsaid"),
+    [
+        ({"release": "1.1.0"}, ["build the engine again with 1.1.0"], ["--llmapi"]),
+        (
+            {"release": "1.3.0"},
+            ["26.07-trtllm-python-py3", "trtbuild package --llmapi", "export NAME --scheme modelopt", "1.3.0 has none"],
+            ["build the engine again"],
+        ),
+        (
+            {"container": "25.04"},
+            ["serve it in nvcr.io/nvidia/tritonserver:26.07-", "engines of 1.0 to 1.2, not of 0.18.2"],
+            ["build the engine again", "--llmapi"],
+        ),
+    ],
+)
+def test_a_release_that_cannot_be_built_for_is_not_proposed(
+    asked: dict[str, str], said: list[str], unsaid: list[str], tmp_path: Path
+) -> None:
+    found = findings_of(hand_filled(tmp_path / "repo"), None, **asked)
+    [finding] = [f for f in found if f.check == "version"]
+    assert not [text for text in said if text not in finding.fix], finding.fix
+    assert not [text for text in unsaid if text in finding.fix], finding.fix
+
+
+def test_an_old_engine_is_built_again_in_a_newer_container(tmp_path: Path) -> None:
+    """Where neither its own release nor the one that serves is one that trtbuild builds for."""
+    found = findings_of(hand_filled(tmp_path / "repo", "0.17.0"), None, container="25.04")
+    [finding] = [f for f in found if f.check == "version"]
+    assert ":25.02-trtllm-python-py3, or build the engine again in a newer container" in finding.fix
+    assert ":26.07-trtllm-python-py3: trtbuild builds engines of 1.0 to 1.2, not of 0.18.2" in finding.fix
 
 
 def test_line_of_a_finding_is_where_the_mistake_is(tmp_path: Path) -> None:

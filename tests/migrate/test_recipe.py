@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from trtbuild.checkpoints.known_models import facts_directory
 from trtbuild.checkpoints.layout import Layout
+from trtbuild.engines.passport import Passport
 from trtbuild.engines.recipe import Recipe
+from trtbuild.engines.tensorrt_llm.engine_config import TrtllmEngine
 from trtbuild.engines.tensorrt_llm.flags import FLAGS, Facts, derive, problems
 from trtbuild.migrate.migrate import EngineMigration, migrate_repository
+from trtbuild.triton_repo.tensorrt_llm.compatibility import check_options
 from trtbuild.triton_repo.tensorrt_llm.option_texts import read_options
 from trtbuild.triton_repo.tensorrt_llm.options import TrtllmOptions
 
@@ -196,6 +199,65 @@ def test_package_options_are_the_repositorys_settings(tmp_path: Path) -> None:
     assert "normalize_log_probs" not in engine.options.values
     assert any("iter_stats_max_iterations" in note for note in engine.options.notes)
     assert "#     --trtllm kv_cache_free_gpu_mem_fraction=0.85" in engine.toml
+
+
+_LOOKAHEAD = {"lookahead_window_size": "4", "lookahead_ngram_size": "3", "lookahead_verification_set_size": "2"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "left_out"),
+    [
+        ({"max_beam_width": "4", "decoding_mode": "beam_search"}, {"max_beam_width", "decoding_mode"}),
+        ({"decoding_mode": "lookahead", **_LOOKAHEAD}, {"decoding_mode", "lookahead"}),
+        ({"gpu_device_ids": "0,1;2,3"}, {"gpu_device_ids", "instances"}),
+        ({"lora_cache_max_adapter_size": "32", "lora_cache_optimal_adapter_size": "16"},
+         {"lora_cache_max_adapter_size", "lora_cache_optimal_adapter_size"}),
+        ({"gpu_weights_percent": "0.5", "max_attention_window_size": "512", "max_tokens_in_paged_kv_cache": "64"},
+         {"gpu_weights_percent", "max_attention_window_size", "max_tokens_in_paged_kv_cache"}),
+        ({"enable_chunked_context": "true"}, {"enable_chunked_context", "enable_kv_cache_reuse"}),
+    ],
+)  # fmt: skip
+def test_package_takes_the_settings_that_are_left(
+    parameters: dict[str, str], left_out: set[str], tmp_path: Path
+) -> None:
+    """A setting that the engine does not take is a comment of the recipe, and no option of package."""
+    repo = hand_filled(tmp_path / "repo")
+    repo.models["tensorrt_llm"].parameters |= parameters
+    if "enable_chunked_context" in parameters:
+        repo.edit_engine(plugins={"use_paged_context_fmha": False})
+    engine = migrated(repo)
+    options = read_options([f"{name}={value}" for name, value in engine.options.values.items()])
+    check_options(options, Passport.open(repo.engine), TrtllmEngine.open(repo.engine))
+    assert not left_out & set(engine.options.values)
+    assert engine.options.values["kv_cache_free_gpu_mem_fraction"] == "0.85"
+    for name in left_out:
+        comments = [line for line in engine.toml.splitlines() if line.startswith("# left out") and f"{name} = " in line]
+        assert len(comments) == 1, engine.toml
+
+
+def test_model_of_our_own_engine_is_no_guess(tmp_path: Path) -> None:
+    repo = hand_filled(tmp_path / "repo")
+    passport = json.loads((repo.engine / "engine.json").read_text(encoding="utf-8"))
+    passport["source"] |= {"model": "acme/mix-1", "revision": "abc"}
+    (repo.engine / "engine.json").write_text(json.dumps(passport), encoding="utf-8")
+    engine = migrated(repo)
+    recipe = read_back(engine, tmp_path)
+    assert (recipe.model, recipe.revision) == ("acme/mix-1", "abc")
+    assert "GUESS" not in engine.toml
+    # The passport of another engine says nothing of this one.
+    repo.edit_engine(build={"max_batch_size": 5})
+    other = migrated(repo)
+    assert other.recipe.fields["model"] == "tiny-mixtral"
+    assert "GUESS, confirm it" in other.toml
+
+
+@pytest.mark.parametrize(
+    "passport", ["", "[]", '{"source": "x"}', '{"source": {"model": 5}, "digests": {"engines": 1}}']
+)
+def test_damaged_passport_is_no_obstacle(passport: str, tmp_path: Path) -> None:
+    repo = hand_filled(tmp_path / "repo")
+    (repo.engine / "engine.json").write_text(passport, encoding="utf-8")
+    assert "GUESS, confirm it" in migrated(repo).toml
 
 
 def test_strange_names_are_quoted(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_files_are_replaced(tmp_path: Path) -> None:
 def test_the_command_refuses_before_it_packages(tmp_path: Path) -> None:
     engine = passport(tp=8)
     (tmp_path / "engines" / engine.name).mkdir(parents=True)
-    write_json(tmp_path / "engines" / engine.name / "engine.json", engine.data)
+    write_json(tmp_path / "engines" / engine.name / "engine.json", engine.data | {"builder": {"name": "tensorrt-rtx"}})
     command = ["package", engine.name, "--workspace", str(tmp_path), "--no-check"]
     refused = CliRunner().invoke(main, [*command, "--k8s", str(tmp_path / "k8s"), "--gpus-per-node", "3"])
     assert refused.exit_code == 3

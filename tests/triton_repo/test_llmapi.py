@@ -379,3 +379,44 @@ def test_command_line(tmp_path: Path) -> None:
         refused = CliRunner().invoke(main, [*words, "--trtllm", wrong])
         assert refused.exit_code == 3
         assert message in refused.output
+
+
+def test_flags_that_llmapi_does_not_read_are_refused_by_name(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from trtbuild.cli import main
+
+    words = ["package", str(TINY_MIXTRAL), "--llmapi", "--workspace", str(tmp_path)]
+    others = ["--prefix", "a", "--engine-path", "/x", "--k8s", "k8s", "--max-queue", "256", "--no-check"]
+    refused = CliRunner().invoke(main, [*words, *others])
+    assert refused.exit_code == 3
+    assert "--max-queue, --no-check, --prefix, --engine-path, --k8s: not for --llmapi" in refused.output
+    assert not (tmp_path / "triton_repo").exists()
+
+
+def test_parameters_of_the_five_models_are_not_arguments_of_the_llm_api() -> None:
+    with pytest.raises(Refused) as raised:
+        LlmapiOptions.from_texts(["kv_cache_free_gpu_mem_fraction=0.5", "gpu_device_ids=0,1", "tp"])
+    for part in ("with --llmapi it is kv_cache_fraction", "gpu_device_ids is of the five-model", "tp: must be NAME=V"):
+        assert part in raised.value.message
+    options = LlmapiOptions.from_texts(["max_batch_size=4", "decoupled=false", "max_beam_width=2"])
+    assert (options.max_batch_size, options.decoupled, options.arguments) == (4, False, {"max_beam_width": 2})
+
+
+def test_a_replaced_model_is_named(tmp_path: Path) -> None:
+    place, other = Workspace(tmp_path), export(tmp_path / "model", "fp8", "modelopt")
+    first = package_llmapi(place, TINY_MIXTRAL)
+    again = package_llmapi(place, TINY_MIXTRAL)
+    assert not any("replaced" in note for note in (*first.notes, *again.notes))
+    assert any(f"replaced the model of that name over {TINY_MIXTRAL}" in n for n in package_llmapi(place, other).notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("trtbuild.json", "trtbuild export mine --scheme modelopt"), ("engine.json", "is an engine")]
+)
+def test_our_own_directories_are_not_taken_for_hugging_faces(file: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in (file, "config.json"):
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(Refused, match=message):
+        package_llmapi(Workspace(tmp_path), tmp_path / "mine")

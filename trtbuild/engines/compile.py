@@ -221,7 +221,7 @@ def compile_engine(
     passport = Passport.open(final)
     if directory is None:
         passport.check_files()
-    kernels = _warm(passport) if directory is not None and passport.has_weights else None
+    kernels = _warm(passport) if directory is not None and passport.has_rank_checkpoint else None
     return CompileReport(final, passport.data, time.monotonic() - started, directory is not None, kernels)
 
 

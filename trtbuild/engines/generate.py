@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from trtbuild.engines.passport import Passport
 from trtbuild.engines.serving.launch import start_worker
 from trtbuild.engines.serving.request import RequestOutput, SamplingParams
 from trtbuild.errors import TrtBuildError
@@ -29,8 +30,9 @@ def generate(
     """Start a worker, stream the answer to stdout, and say on stderr which executor made it and how fast.
 
     With `chat` the prompt is a user's message and the tokenizer's chat template is applied. Raises TrtBuildError with
-    the scheduler's reason where the answer ends in an error.
+    the scheduler's reason where the answer ends in an error, Refused for an engine that nothing here can run.
     """
+    Passport.open(engine_dir).check_runnable()
     with progress(f"loading {engine_dir.name}", 1):
         started_worker = start_worker(engine_dir, slots=1, dtype=dtype, executor=executor, threads=threads)
     with started_worker as worker, worker.connect() as client:

@@ -31,6 +31,10 @@ PLAN_DIRECTORY = "plans"
 # Of TensorRT-LLM's engines.
 _ENGINE_FILES = "rank*.engine"
 _ENGINE_CONFIG = "config.json"
+_NOT_VERIFIABLE = (
+    "nothing here can run an engine of TensorRT-LLM: trtbuild verify the same model and precision built with --builder "
+    "tensorrt-rtx, or compare answers after trtbuild serve"
+)
 TOKENIZER_DIRECTORY = "tokenizer"
 MODEL_CARD_DIRECTORY = "model_card"
 
@@ -84,9 +88,12 @@ class Passport:
         return self.data["rebuild"]
 
     @property
-    def has_weights(self) -> bool:
-        """False for an engine of `--plan-only`."""
-        return bool(self.data["digests"]["weights"] or self.data["digests"].get("engines"))
+    def has_rank_checkpoint(self) -> bool:
+        """Whether the directory is a rank checkpoint, too.
+
+        False for an engine of `--plan-only`, and for one of TensorRT-LLM, whose weights are in its engine files.
+        """
+        return bool(self.data["digests"]["weights"])
 
     @property
     def builder_name(self) -> str:
@@ -113,7 +120,8 @@ class Passport:
         if state == "stale":
             return f"{self.name}: its record of accuracy is of other content; {command} makes a new one"
         if state == "none":
-            return f"{self.name}: its accuracy was never checked; {command} compares it with its source"
+            how = _NOT_VERIFIABLE if self.builder_name == "tensorrt-llm" else f"{command} compares it with its source"
+            return f"{self.name}: its accuracy was never checked; {how}"
         return None
 
     def check_runnable(self) -> None:
@@ -123,13 +131,13 @@ class Passport:
                 f"{self.name} is an engine of TensorRT-LLM, which runs inside Triton's tensorrtllm backend alone: "
                 f"trtbuild package {self.name}, then trtbuild serve in its container"
             )
-        if not self.has_weights:
+        if not self.has_rank_checkpoint:
             command = self.rebuild.replace(" --plan-only", "")
             raise Refused(f"{self.name} was compiled with --plan-only and has no weights; to run it: {command} --force")
 
     def check_files(self) -> None:
         """Compare every file with its digest; raises CheckpointError that names the first that differs."""
-        found = file_digests(self.directory, self.layout, self.data["plans"], weights=self.has_weights)
+        found = file_digests(self.directory, self.layout, self.data["plans"], weights=self.has_rank_checkpoint)
         for group, files in self.data["digests"].items():
             if not isinstance(files, dict):
                 continue

@@ -48,7 +48,7 @@ def upload_engine(directory: Path, url: str, *, progress: ProgressFactory = no_p
     """
     passport = Passport.open(directory)
     passport.check_files()
-    if passport.has_weights:
+    if passport.has_rank_checkpoint:
         verify_content(RankCheckpoint.open(directory))
     destination = f"{url.rstrip('/')}/{directory.name}"
     store, path = open_store(destination)

@@ -7,16 +7,18 @@ import itertools
 from trtbuild.errors import CheckpointError
 from trtbuild.migrate.check_parameters import parse_bool, parse_float, parse_groups, parse_int, parse_ints
 from trtbuild.migrate.engine_facts import EngineFacts
-from trtbuild.migrate.findings import Findings, Severity
+from trtbuild.migrate.findings import Findings, Severity, plural
 from trtbuild.migrate.models import TritonModel
 from trtbuild.migrate.parameters import PARAMETERS, SPECULATIVE_MODES
 from trtbuild.migrate.paths import Places
+from trtbuild.migrate.recipe_writer import SPECULATIVE_FLAGS
 from trtbuild.migrate.release import Release
 
 _LORA_PARAMETERS = (
     "lora_cache_optimal_adapter_size", "lora_cache_max_adapter_size", "lora_cache_gpu_memory_fraction",
     "lora_cache_host_memory_bytes", "lora_prefetch_dir",
 )  # fmt: skip
+_COMPILE = "build the engine again: trtbuild compile RECIPE"
 _LOGITS = ("context_logits", "generation_logits", "draft_logits")
 
 
@@ -69,10 +71,14 @@ def _check_ranks(model: TritonModel, engine: EngineFacts, text: str, findings: F
 
 
 class EngineChecks:
-    """The checks of one model against its engine; each adds what it finds."""
+    """The checks of one model against its engine; each adds what it finds.
+
+    `wrong`: parameters that do not fit the engine, and what would; no new repository is to have them.
+    """
 
     def __init__(self, model: TritonModel, engine: EngineFacts, release: Release | None, findings: Findings) -> None:
         self.model, self.engine, self.release, self.findings = model, engine, release, findings
+        self.wrong: dict[str, str] = {}
 
     def run(self, world_size: int | None) -> None:
         self.limits()
@@ -83,6 +89,7 @@ class EngineChecks:
         self.ranks(world_size)
 
     def _add(self, severity: Severity, check: str, key: str, found: object, allowed: str, fix: str) -> None:
+        self.wrong.setdefault(key, allowed)
         self.findings.add(severity, check, self.model.file, key, found, allowed, fix, self.model.line_of(key))
 
     def limits(self) -> None:
@@ -91,7 +98,7 @@ class EngineChecks:
             value = self.model.root.value("max_batch_size")
             self.findings.add(
                 "error", "max_batch_size", self.model.file, "max_batch_size", batch, f"at most the engine's {allowed}",
-                f"write {allowed} in all models, or build the engine with --max_batch_size {batch}",
+                f"write {allowed} in all models, or {_COMPILE} --max-batch-size {batch}",
                 value.line if value else None,
             )  # fmt: skip
         beams = parse_int(self.model.parameter("max_beam_width"))
@@ -99,7 +106,7 @@ class EngineChecks:
             self._add(
                 "error", "max_beam_width", "max_beam_width", beams,
                 f"at most the engine's {self.engine.max_beam_width}",
-                f"write {self.engine.max_beam_width}, or build the engine with --max_beam_width {beams}",
+                f"write {self.engine.max_beam_width}, or {_rebuild(f'max_beam_width={beams}')}",
             )  # fmt: skip
 
     def cache(self) -> None:
@@ -120,13 +127,13 @@ class EngineChecks:
             )  # fmt: skip
         is_inflight = self.model.parameter("gpt_model_type") in ("inflight_fused_batching", "inflight_batching")
         for has, key, what, flag in (
-            (self.engine.has_paged_kv_cache, "kv_cache_type", "a paged KV cache", "--kv_cache_type paged"),
-            (self.engine.has_packed_input, "remove_input_padding", "packed input", "--remove_input_padding enable"),
+            (self.engine.has_paged_kv_cache, "kv_cache_type", "a paged KV cache", "kv_cache_type=paged"),
+            (self.engine.has_packed_input, "remove_input_padding", "packed input", "remove_input_padding=enable"),
         ):
             if is_inflight and not has:
                 self._add(
                     "error", "inflight_batching", "gpt_model_type", f"an engine without {what} ({key})",
-                    f"in-flight batching needs {what}", f"build the engine with {flag}",
+                    f"in-flight batching needs {what}", _rebuild(flag),
                 )  # fmt: skip
         self._reuse()
 
@@ -150,31 +157,32 @@ class EngineChecks:
         if reuse:
             self._add(
                 "error", "kv_cache_reuse", "enable_kv_cache_reuse", "true", "false for this engine",
-                "write false, or build the engine with --use_paged_context_fmha enable",
+                f"write false, or {_rebuild('use_paged_context_fmha=enable')}",
             )  # fmt: skip
         elif is_by_default:
             self._add(
                 "warning", "kv_cache_reuse", "enable_kv_cache_reuse", "not set, which 1.x takes as true",
-                "false for this engine", "write false, or build the engine with --use_paged_context_fmha enable",
+                "false for this engine", f"write false, or {_rebuild('use_paged_context_fmha=enable')}",
             )  # fmt: skip
 
     def features(self) -> None:
         if parse_bool(self.model.parameter("enable_chunked_context")) and not self.engine.has_paged_context_attention:
             self._add(
                 "error", "chunked_context", "enable_chunked_context", "true", "false for this engine",
-                "write false, or build the engine with --use_paged_context_fmha enable",
+                f"write false, or {_rebuild('use_paged_context_fmha=enable')}",
             )  # fmt: skip
         lora = [name for name in _LORA_PARAMETERS if self.model.parameter(name) is not None]
         if lora and not self.engine.has_lora:
+            self.wrong |= dict.fromkeys(lora, "nothing without a LoRA plugin")
             self._add(
                 "warning", "lora", lora[0], ", ".join(lora), "nothing: the engine has no LoRA plugin",
-                "remove it, or build the engine with --lora_plugin auto",
+                f"remove it, or {_rebuild('lora_plugin=auto', 'lora_target_modules=...')}",
             )  # fmt: skip
         percent = parse_float(self.model.parameter("gpu_weights_percent"))
         if percent is not None and percent < 1 and not self.engine.build.get("weight_streaming"):
             self._add(
                 "error", "weight_streaming", "gpu_weights_percent", percent, "1.0 for this engine",
-                "leave it empty, or build the engine with --weight_streaming",
+                f"leave it empty, or {_rebuild('weight_streaming=true')}",
             )  # fmt: skip
         if self.model.parameter("cross_kv_cache_fraction") and not self.model.parameter("encoder_model_path"):
             self._add(
@@ -195,12 +203,13 @@ class EngineChecks:
             self._add(
                 "warning", "decoding_mode", "decoding_mode", mode,
                 f"the engine was built for {built or 'no speculation'}",
-                "leave it empty, or build the engine for it with --speculative_decoding_mode",
+                f"leave it empty, or {_rebuild(f'speculative_decoding_mode={SPECULATIVE_FLAGS[mode]}')}",
             )  # fmt: skip
         elif mode == "lookahead":
             names = [f"lookahead_{part}" for part in ("window_size", "ngram_size", "verification_set_size")]
             missing = [name for name in names if parse_int(self.model.parameter(name)) is None]
             if missing:
+                self.wrong["decoding_mode"] = f"lookahead with {', '.join(names)} only"
                 self._add(
                     "error", "decoding_mode", missing[0], "missing: " + ", ".join(missing),
                     "numbers, with decoding_mode lookahead",
@@ -219,12 +228,13 @@ class EngineChecks:
         tensors = [t for t in (*self.model.outputs.values(), *self.model.inputs.values()) if t.name in _LOGITS]
         wrong = [t for t in tensors if t.type in ("FP16", "FP32") and t.type != self.engine.logits_type]
         if wrong:
+            other = "float16" if wrong[0].type == "FP16" else "float32"
             self.findings.add(
                 "error", "logits_datatype", self.model.file, "logits_datatype",
                 f"TYPE_{wrong[0].type} ({', '.join(t.name for t in wrong)})",
                 f"TYPE_{self.engine.logits_type}: the engine's logits_dtype is "
                 f"{self.engine.model.get('logits_dtype') or 'float32'}",
-                f"write TYPE_{self.engine.logits_type} in all models, or build with the other --logits_dtype",
+                f"write TYPE_{self.engine.logits_type} in all models, or {_rebuild(f'logits_dtype={other}')}",
                 wrong[0].line,
             )  # fmt: skip
 
@@ -252,10 +262,16 @@ class EngineChecks:
                 self._add("error", key, key, self.model.parameter(key), "each one once", "name each one once")
             elif len(groups) not in (1, instances):
                 self._add(
-                    "warning", key, key, f"{len(groups)} groups, {instances} instance(s)", "a group for each instance",
-                    f"set instance_group count to {len(groups)}, or name {instances} group(s)",
+                    "warning", key, key, f"{len(groups)} groups, {plural(instances, 'instance')}",
+                    "a group for each instance",
+                    f"set instance_group count to {len(groups)}, or name {plural(instances, 'group')}",
                 )  # fmt: skip
 
     def _instances(self) -> int:
         counts = [group.value("count") for group in self.model.root.messages("instance_group")]
         return sum(value.number or 1 for value in counts if value is not None) or 1
+
+
+def _rebuild(*flags: str) -> str:
+    """As `trtbuild compile` takes the flags of trtllm-build."""
+    return " ".join([_COMPILE, *(f"--trtllm {flag}" for flag in flags)])

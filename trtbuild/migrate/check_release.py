@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trtbuild.containers import container_for, containers, containers_with, find_installed, release_of
+from trtbuild.engines.tensorrt_llm.machine import RELEASES
 from trtbuild.errors import Refused
 from trtbuild.migrate.engine_facts import EngineFacts
 from trtbuild.migrate.findings import Findings
@@ -47,11 +48,9 @@ def check_releases(
                 "what built it is not known; build it again if it does not load", line,
             )  # fmt: skip
         elif serving is not None and release_of(engine.release.text) != release_of(serving.text):
-            home = container_for(engine.release.text)
-            serve = f"serve it in {home.image}, or " if home else ""
             findings.add(
                 "error", "version", model.file, "config.json: version", engine.release, f"{serving}, which serves",
-                f"{serve}build the engine again with {serving}", line,
+                _fix_of_release(engine.release, serving), line,
             )  # fmt: skip
         elif serving is None and release_of(engine.release.text) != newest:
             findings.add(
@@ -59,3 +58,22 @@ def check_releases(
                 f"one release for all engines, and there are some of {newest}",
                 "one server has one TensorRT-LLM: build all engines with the same", line,
             )  # fmt: skip
+
+
+def _fix_of_release(built: Release, serving: Release) -> str:
+    """An engine of one release that another is to serve: the container that runs it, or the way into the other."""
+    home, last = container_for(built.text), Release.parse(RELEASES[-1])
+    serve = f"serve it in {home.image}, or " if home else ""
+    if ".".join(map(str, serving.minor)) in RELEASES:
+        return f"{serve}build the engine again with {serving}"
+    if last is not None and serving.minor > last.minor:
+        return (
+            f"{serve}serve its model without an engine, as {serving} has none any more: `trtbuild package --llmapi` "
+            "takes the Hugging Face model, or what `trtbuild export NAME --scheme modelopt` wrote of it"
+        )
+    newest = containers_with(tensorrt_llm=RELEASES[-1])
+    if newest and newest[0] != home:
+        serve += f"build the engine again in a newer container such as {newest[0].image}"
+    return (
+        f"{serve.removesuffix(', or ')}: trtbuild builds engines of {RELEASES[0]} to {RELEASES[-1]}, not of {serving}"
+    )

@@ -66,6 +66,11 @@ class Findings:
         return sum(finding.severity == severity for finding in self.items)
 
 
+def plural(count: int, word: str) -> str:
+    """1 error, 2 errors."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def _shown(text: str) -> str:
     """On one line: findings quote files that anything may be in."""
     text = text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"

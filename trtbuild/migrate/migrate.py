@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from trtbuild.migrate.check_tensors import check_tensors
 from trtbuild.migrate.check_tokenizer import check_tokenizer
 from trtbuild.migrate.check_wiring import check_wiring
 from trtbuild.migrate.engine_facts import EngineFacts
-from trtbuild.migrate.findings import SEVERITIES, Finding, Findings
-from trtbuild.migrate.model_guess import guess_model
+from trtbuild.migrate.findings import SEVERITIES, Finding, Findings, plural
+from trtbuild.migrate.model_guess import find_model
 from trtbuild.migrate.models import Repository, TritonModel, read_repository
 from trtbuild.migrate.package_options import PackageOptions, package_options
 from trtbuild.migrate.paths import Places
@@ -83,6 +83,13 @@ class Migration:
             raise Refused(f"--model {name}: no engine of this name was read; there: {known}")
         return found
 
+    @property
+    def why_no_recipe(self) -> str:
+        """What is missing, where there are no `engines`."""
+        if "tensorrt_llm" in self.roles.values():
+            return "a recipe is read from an engine's config.json, and no engine could be read"
+        return "no model of the repository runs an engine"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "repository": str(self.repository), "release": None if self.release is None else self.release.text,
@@ -95,7 +102,9 @@ class Migration:
         """Raises `CheckFailed` where there are errors."""
         errors = self.count("error")
         if errors:
-            raise CheckFailed(f"{self.repository}: {errors} error(s), each of them with its fix above")
+            raise CheckFailed(
+                f"{self.repository}: {plural(errors, 'error')}, {'each ' if errors > 1 else ''}with its fix above"
+            )
 
 
 def migrate_repository(
@@ -130,12 +139,15 @@ def migrate_repository(
     check_wiring(repository, findings)
     check_releases(engines, serving, findings)
     ranks = world_size or (world_size_of_scripts(root) if len(engines) == 1 else None)
+    wrong: dict[str, dict[str, str]] = {}
     for model, engine in (pair for pair in engines.values() if not pair[0].is_broken):
-        EngineChecks(model, engine, target, findings).run(ranks)
+        checks = EngineChecks(model, engine, target, findings)
+        checks.run(ranks)
+        wrong[model.name] = checks.wrong
     check_scripts(root, findings)
     return Migration(
         root, target, {model.name: model.role for model in repository.models}, findings.sorted(),
-        [_migrate_engine(repository, places, model, engine) for model, engine in engines.values()],
+        [_migrate_engine(repository, places, pair, wrong.get(pair[0].name, {})) for pair in engines.values()],
     )  # fmt: skip
 
 
@@ -164,14 +176,17 @@ def _report_layout(repository: Repository, findings: Findings) -> None:
         )  # fmt: skip
 
 
-def _migrate_engine(repository: Repository, places: Places, model: TritonModel, engine: EngineFacts) -> EngineMigration:
+def _migrate_engine(
+    repository: Repository, places: Places, pair: tuple[TritonModel, EngineFacts], wrong: Mapping[str, str]
+) -> EngineMigration:
+    model, engine = pair
     named = [(m, text) for m in (*repository.of("preprocessing"), model) if (text := m.parameter("tokenizer_dir"))]
     tokenizer, directory = None, None
     if named:
         owner, tokenizer = named[0]
         directory = places.find(tokenizer, owner.versions[-1] if owner.versions else None)
-    guess = guess_model(engine, tokenizer, directory)
+    source = find_model(engine, tokenizer, directory)
     return EngineMigration(
-        model.name, engine.directory, engine.version_text, draft_recipe(engine, guess),
-        package_options(repository, model),
+        model.name, engine.directory, engine.version_text, draft_recipe(engine, source),
+        package_options(repository, model, wrong),
     )  # fmt: skip

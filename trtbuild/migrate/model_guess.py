@@ -1,13 +1,20 @@
-"""Which model an engine was made from. Nothing in an engine says so: a guess that the user has to confirm."""
+"""Which model an engine was made from.
+
+The passport of an engine that trtbuild made says so. Nothing in another's does: a guess that the user has to confirm.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trtbuild.checkpoints.known_models import KNOWN_MODELS, bundled_directory, facts_directory
+from trtbuild.engines.passport import PASSPORT
+from trtbuild.engines.tensorrt_llm.engine_config import ENGINE_CONFIG
 from trtbuild.migrate.engine_facts import EngineFacts
 
 UNKNOWN_MODEL = "MODEL"
@@ -19,11 +26,38 @@ _SIZES = (
 )  # fmt: skip
 
 
-def guess_model(engine: EngineFacts, tokenizer: str | None, tokenizer_directory: Path | None) -> tuple[str, str]:
-    """The model, and what makes us think so.
+@dataclass(frozen=True)
+class ModelSource:
+    """`reason`: what makes us think so."""
+
+    model: str
+    reason: str
+    is_certain: bool = False
+    revision: str | None = None
+
+
+def find_model(engine: EngineFacts, tokenizer: str | None, tokenizer_directory: Path | None) -> ModelSource:
+    """The model of the passport, if it is this engine's; else a guess.
 
     `tokenizer` is tokenizer_dir as it stands in the repository, `tokenizer_directory` where that is on this machine.
     """
+    return _of_passport(engine) or ModelSource(*_guess(engine, tokenizer, tokenizer_directory))
+
+
+def _of_passport(engine: EngineFacts) -> ModelSource | None:
+    """None where there is none, or config.json is not the one that it was written for."""
+    passport = _read_config(engine.directory / PASSPORT)
+    source, digests = _section(passport.get("source")), _section(passport.get("digests"))
+    model, revision = source.get("model"), source.get("revision")
+    digest = _section(digests.get("engines")).get(ENGINE_CONFIG)
+    if not isinstance(model, str) or not model:
+        return None
+    if digest != hashlib.sha256((engine.directory / ENGINE_CONFIG).read_bytes()).hexdigest():
+        return None
+    return ModelSource(model, f"of {PASSPORT} beside the engine", True, revision if isinstance(revision, str) else None)
+
+
+def _guess(engine: EngineFacts, tokenizer: str | None, tokenizer_directory: Path | None) -> tuple[str, str]:
     if tokenizer_directory is not None and tokenizer is not None:
         config = _read_config(tokenizer_directory / "config.json")
         has_weights = any(tokenizer_directory.glob("*.safetensors"))
@@ -49,6 +83,10 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _section(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _fits(engine: EngineFacts, config: Mapping[str, Any]) -> bool:

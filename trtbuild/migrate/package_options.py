@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from trtbuild.errors import Refused
@@ -19,6 +19,11 @@ _NOT_OPTIONS = (
 )  # fmt: skip
 _LOOKAHEAD = ("lookahead_window_size", "lookahead_ngram_size", "lookahead_verification_set_size")
 _PLACEMENT = ("gpu_device_ids", "participant_ids")
+# In this order: beams are decoded in a mode of theirs, and a mode has sizes.
+_FOLLOWERS = {
+    "max_beam_width": ("decoding_mode",),
+    "decoding_mode": ("lookahead", "medusa_choices", "eagle_choices"),
+}
 _PYTHON_OPTIONS: tuple[tuple[Role, str, str], ...] = (
     ("preprocessing", "add_special_tokens", "preprocessing_instances"),
     ("postprocessing", "skip_special_tokens", "postprocessing_instances"),
@@ -35,11 +40,19 @@ class PackageOptions:
     notes: list[str]
 
 
-def package_options(repository: Repository, model: TritonModel) -> PackageOptions:
-    """Of one `tensorrt_llm` model and the Python models around it."""
+def package_options(repository: Repository, model: TritonModel, wrong: Mapping[str, str]) -> PackageOptions:
+    """Of one `tensorrt_llm` model and the Python models around it.
+
+    `wrong`: parameters that do not fit the engine, and what would; they are left out, as `package` refuses them.
+    """
     values: dict[str, str] = {}
     notes: list[str] = []
+    unfit = _with_followers(wrong)
     for settings in _settings(repository, model):
+        if why := next((unfit[name] for name in settings if name in unfit), None):
+            said = ", ".join(f"{name} = {text}" for name, text in settings.items())
+            notes.append(f"left out, as it does not fit the engine: {said} ({why})")
+            continue
         unknown = [name for name in settings if name not in _DEFAULTS]
         notes += [f"{name} = {settings[name]} has no option of trtbuild package" for name in unknown]
         known = {name: text for name, text in settings.items() if name in _DEFAULTS}
@@ -51,6 +64,15 @@ def package_options(repository: Repository, model: TritonModel) -> PackageOption
             continue
         values |= {name: text for name, text in known.items() if getattr(read, name) != _DEFAULTS[name]}
     return PackageOptions(values, notes)
+
+
+def _with_followers(wrong: Mapping[str, str]) -> dict[str, str]:
+    """Settings that are refused without another one go with it."""
+    found = dict(wrong)
+    for name, followers in _FOLLOWERS.items():
+        if name in found:
+            found |= {follower: f"goes with {name}" for follower in followers if follower not in found}
+    return found
 
 
 def _settings(repository: Repository, model: TritonModel) -> Iterator[dict[str, str]]:

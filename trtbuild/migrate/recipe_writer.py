@@ -9,6 +9,7 @@ from typing import Any
 
 from trtbuild.engines.tensorrt_llm.flags import FLAGS, OURS, Facts, FlagValue, derive, problems
 from trtbuild.migrate.engine_facts import EngineFacts, number
+from trtbuild.migrate.model_guess import ModelSource
 
 _PRECISIONS = {
     "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "W8A16": "int8", "W4A16": "int4",
@@ -23,7 +24,7 @@ _NOT_ASKED = (
     "paged_state",
     "gpus_per_node",
 )
-_SPECULATIVE_FLAGS = {
+SPECULATIVE_FLAGS = {
     "lookahead": "lookahead_decoding", "redrafter": "explicit_draft_tokens", "medusa": "medusa", "eagle": "eagle",
     "draft_tokens_external": "draft_tokens_external",
 }  # fmt: skip
@@ -54,10 +55,12 @@ class RecipeDraft:
         return "\n".join(lines) + "\n"
 
 
-def draft_recipe(engine: EngineFacts, guess: tuple[str, str]) -> RecipeDraft:
-    """`guess`: the model, and what makes us think so; the user has to confirm it."""
+def draft_recipe(engine: EngineFacts, source: ModelSource) -> RecipeDraft:
+    """A guessed model has to be confirmed by the user."""
     draft = RecipeDraft()
-    draft.set("model", guess[0], f"GUESS, confirm it: {guess[1]}")
+    draft.set("model", source.model, source.reason if source.is_certain else f"GUESS, confirm it: {source.reason}")
+    if source.revision is not None:
+        draft.set("revision", source.revision)
     _set_precision(draft, engine)
     _set_layout(draft, engine)
     draft.set("builder", "tensorrt-llm")
@@ -184,7 +187,7 @@ _SPECIAL: dict[str, Callable[[EngineFacts], FlagValue | None]] = {
     "lora_target_modules": _lora_modules,
     "max_lora_rank": lambda engine: number(_lora(engine).get("max_lora_rank")),
     "lora_ckpt_source": lambda engine: _text(_lora(engine).get("lora_ckpt_source")),
-    "speculative_decoding_mode": lambda engine: _SPECULATIVE_FLAGS.get(engine.speculative_mode or ""),
+    "speculative_decoding_mode": lambda engine: SPECULATIVE_FLAGS.get(engine.speculative_mode or ""),
     "profiling_verbosity": lambda engine: _text(engine.build.get("profiling_verbosity")),
 }  # fmt: skip
 

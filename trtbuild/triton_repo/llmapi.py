@@ -23,10 +23,14 @@ from pydantic import TypeAdapter, ValidationError
 from trtbuild import __version__
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.hub_formats.config import KEYS
+from trtbuild.checkpoints.rank_checkpoint import AUTHORITY
 from trtbuild.checkpoints.source_files import CONFIG_FILE, read_json, read_shards
 from trtbuild.engines.export.tensors import NOT_IN_TENSORRT_LLM
+from trtbuild.engines.passport import PASSPORT
 from trtbuild.errors import Refused, refuse_all
 from trtbuild.triton_repo.llmapi_files.llmapi_requests import INPUTS, OUTPUTS, Tensor
+from trtbuild.triton_repo.packaged_models import LLMAPI_KIND
+from trtbuild.triton_repo.tensorrt_llm.options import TrtllmOptions
 from trtbuild.workspace import (
     PACKAGE_RECORD,
     Workspace,
@@ -39,7 +43,7 @@ from trtbuild.workspace import (
 from trtbuild.workspace import read_json as read_record
 
 DEFAULT_NAME = "tensorrt_llm"
-_KIND = "llmapi"
+_KIND = LLMAPI_KIND
 _CHECKPOINT = "checkpoint"
 _FILES = Path(__file__).parent / "llmapi_files"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5")
@@ -49,6 +53,12 @@ _ALGORITHMS = (
     "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION", "MXFP8",
 )  # fmt: skip
 _METHODS = ("mxfp4", "mxfp8", "nvfp4")
+# Parameters of the five-model repository: those that the LLM API has too, and those that have a name of ours here.
+_SHARED = {"max_beam_width"}
+_RENAMED = {
+    "kv_cache_free_gpu_mem_fraction": "kv_cache_fraction", "enable_kv_cache_reuse": "block_reuse",
+    "enable_chunked_context": "chunked_prefill",
+}  # fmt: skip
 _YAML_HEAD = """\
 # Arguments of tensorrt_llm.LLM, TensorRT-LLM 1.3 and later; its documentation of TorchLlmArgs has more of them.
 # `model` is beside this file, or a path or hub id. `triton_config` is model.py's, and must agree with config.pbtxt.
@@ -83,16 +93,22 @@ class LlmapiOptions:
         Raises Refused for what is not NAME=VALUE, and for a field's value of another type.
         """
         found: dict[str, Any] = {"arguments": {}}
+        problems: list[str] = []
         names = {one.name for one in fields(cls)} - {"arguments"}
         for text in texts:
             name, sign, value = text.partition("=")
             if not sign or not name.isidentifier():
-                raise Refused(f"--trtllm {text}: must be NAME=VALUE, such as tp=2 or max_num_tokens=8192")
+                problems.append(f"{text}: must be NAME=VALUE, such as tp=2 or max_num_tokens=8192")
+                continue
+            if name in _FIVE_MODELS - names:
+                problems.append(_not_here(name))
+                continue
             try:
                 parsed = json.loads(value)
             except json.JSONDecodeError:
                 parsed = value
             (found if name in names else found["arguments"])[name] = parsed
+        refuse_all("--trtllm", problems)
         try:
             return TypeAdapter(cls).validate_python(found)
         except ValidationError as error:
@@ -120,6 +136,16 @@ class LlmapiOptions:
         return {**content, **self.arguments, "triton_config": {"decoupled": self.decoupled, "max_batch_size": 1}}
 
 
+_FIVE_MODELS = {one.name for one in fields(TrtllmOptions)} - _SHARED
+
+
+def _not_here(name: str) -> str:
+    if name in _RENAMED:
+        return f"{name} is of the five-model repository; with --llmapi it is {_RENAMED[name]}"
+    ours = ", ".join(one.name for one in fields(LlmapiOptions) if one.name != "arguments")
+    return f"{name} is of the five-model repository, and no argument of tensorrt_llm.LLM; there are {ours}, and its own"
+
+
 @dataclass(frozen=True)
 class PackagedLlmapi:
     """What `package_llmapi` made; `quantization` is the checkpoint's, None where it is in 16 bit."""
@@ -142,7 +168,7 @@ def package_llmapi(
     """
     options, final = options or LlmapiOptions(), place.models / check_name(name)
     quantization = _check(checkpoint_dir, options)
-    _check_target(final)
+    replaced = _check_target(final)
     place.models.mkdir(parents=True, exist_ok=True)
     staging = place.packages_staging.absolute() / name
     with locked(place.models.parent / f".{name}.lock", final):
@@ -153,7 +179,7 @@ def package_llmapi(
             sync(path)
         replace_directory(model, final, staging / f"{name}.old")
         shutil.rmtree(staging)
-    return PackagedLlmapi(name, final, quantization, tuple(_notes(options)))
+    return PackagedLlmapi(name, final, quantization, (*_replacement(replaced, checkpoint_dir), *_notes(options)))
 
 
 def print_packaged_llmapi(packaged: PackagedLlmapi) -> None:
@@ -161,6 +187,13 @@ def print_packaged_llmapi(packaged: PackagedLlmapi) -> None:
     click.echo(f"{packaged.directory}: {held}, for TensorRT-LLM 1.3 and later; no engine was built")
     for note in packaged.notes:
         click.echo(f"  note: {note}", err=True)
+    click.echo(f"  next, in a container that has it: trtbuild serve {packaged.name}")
+
+
+def _replacement(replaced: str | None, checkpoint_dir: Path) -> list[str]:
+    if replaced is None or Path(replaced).absolute() == checkpoint_dir.absolute():
+        return []
+    return [f"it replaced the model of that name over {replaced}; --alias gives this one a name of its own"]
 
 
 def _notes(options: LlmapiOptions) -> Iterator[str]:
@@ -173,10 +206,22 @@ def _check(directory: Path, options: LlmapiOptions) -> str | None:
     """The checkpoint's quantization, by TensorRT-LLM's name. Headers are read, the values are not."""
     if not directory.is_dir():
         raise Refused(f"{directory}: no such directory; trtbuild export makes a checkpoint that TensorRT-LLM loads")
+    _check_hugging_face(directory)
     hf = read_json(directory, CONFIG_FILE)
     refuse_all(f"package --llmapi {directory}", _problems(directory, hf, options))
     _ = read_shards(directory)
     return _quantization(directory, hf)[0]
+
+
+def _check_hugging_face(directory: Path) -> None:
+    """build/NAME and engines/NAME have files of the same names."""
+    if (directory / PASSPORT).is_file():
+        raise Refused(f"{directory} is an engine; trtbuild package {directory.name}, without --llmapi, is for engines")
+    if (directory / AUTHORITY).is_file():
+        raise Refused(
+            f"{directory} has checkpoints of ranks, as trtbuild convert writes them; --llmapi takes a Hugging Face "
+            f"directory: trtbuild export {directory.name} --scheme modelopt -o DIR makes one"
+        )
 
 
 def _problems(directory: Path, hf: dict[str, Any], options: LlmapiOptions) -> Iterator[str]:
@@ -235,12 +280,15 @@ def _group_problem(group: Mapping[str, Any], again: str) -> str | None:
     return f"compressed-tensors weights ({kind}) are not read by TensorRT-LLM; {again}"
 
 
-def _check_target(final: Path) -> None:
+def _check_target(final: Path) -> str | None:
+    """The checkpoint of the model that will be replaced; None where there is none."""
     if not final.exists():
-        return
+        return None
     record = final / PACKAGE_RECORD
-    if not record.is_file() or read_record(record).get("kind") != _KIND:
-        raise Refused(f"{final} is there and is another model; choose another name")
+    content = read_record(record) if record.is_file() else {}
+    if content.get("kind") != _KIND:
+        raise Refused(f"{final} is there and is another model; give this one another name by --alias")
+    return str(content.get("checkpoint"))
 
 
 def _lay_out(model: Path, name: str, checkpoint_dir: Path, options: LlmapiOptions) -> None:

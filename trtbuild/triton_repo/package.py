@@ -20,14 +20,16 @@ from typing import Any
 import click
 
 from trtbuild import __version__
-from trtbuild.engines.passport import Passport, verified_digest
+from trtbuild.checkpoints.source_files import CONFIG_FILE
+from trtbuild.containers import release_of
+from trtbuild.engines.passport import PASSPORT, Passport, verified_digest
 from trtbuild.errors import Refused, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.check import CheckResult, check_package
 from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.model_config import WorkerSettings, config_text
 from trtbuild.triton_repo.tensorrt_llm.check import TrtllmCheck
-from trtbuild.triton_repo.tensorrt_llm.option_texts import check_single_prefix
+from trtbuild.triton_repo.tensorrt_llm.option_texts import check_single_engine
 from trtbuild.triton_repo.tensorrt_llm.package import (
     BUILDER,
     TrtllmPackaging,
@@ -72,6 +74,8 @@ class Packaged:
     directory: Path
     warning: str | None
     check: CheckResult | TrtllmCheck | None
+    release: str | None = None
+    """Of TensorRT-LLM, where it built the engine."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -99,7 +103,7 @@ def package_engines(
     TensorRT-LLM built, and `settings` and `alias` for the others. Raises `Refused`, and `CheckFailed`
     where Triton does not answer as the engine does; the repository then has what it had before.
     """
-    passports = [Passport.open(place.engine(name)) for name in dict.fromkeys(names)]
+    passports = open_engines(place, names)
     own = [passport for passport in passports if passport.builder_name != BUILDER]
     foreign = [passport for passport in passports if passport.builder_name == BUILDER]
     _check_kinds(own, foreign, settings, alias, trtllm)
@@ -111,8 +115,20 @@ def package_engines(
     found = [_package(place, passport, settings, alias, installation, progress) for passport in own]
     for passport in foreign:
         models, check = package_trtllm(place, passport, packaging, prefixes[passport.name], installation, progress)
-        found.append(Packaged(passport.name, models, place.models / models[0], passport.check_accuracy(), check))
+        warning, release = passport.check_accuracy(), passport.data["builder"].get("version")
+        found.append(Packaged(passport.name, models, place.models / models[0], warning, check, release))
     return found
+
+
+def open_engines(place: Workspace, names: Sequence[str]) -> list[Passport]:
+    """Each once. Raises `Refused` where a name is a Hugging Face directory, `CheckpointError` where it is nothing."""
+    for name in names:
+        if not (place.engines / name / PASSPORT).is_file() and (Path(name) / CONFIG_FILE).is_file():
+            raise Refused(
+                f"{name} is a directory with a checkpoint, and package takes engines: trtbuild package {name} --llmapi "
+                f"is for TensorRT-LLM 1.3 and later, trtbuild compile {name} makes an engine"
+            )
+    return [Passport.open(place.engine(name)) for name in dict.fromkeys(names)]
 
 
 def _check_kinds(
@@ -130,7 +146,8 @@ def _check_kinds(
             "--slots, --max-queue, --executor, --dtype, --threads and --alias are for our own engine worker; an engine "
             "of TensorRT-LLM is told by --trtllm NAME=VALUE, and named by --prefix"
         )
-    check_single_prefix(None if trtllm is None else trtllm.prefix, len(foreign))
+    if trtllm is not None:
+        check_single_engine(trtllm.prefix, trtllm.engine_path, len(foreign))
 
 
 def _check_requests(place: Workspace, passports: list[Passport], alias: str | None) -> None:
@@ -204,10 +221,16 @@ def _lay_out(staging: Path, passport: Passport, settings: WorkerSettings, alias:
 
 
 def print_packaged(packaged: Sequence[Packaged]) -> None:
+    releases = {one.name: one.release for one in packaged if one.release}
+    if len(set(map(release_of, releases.values()))) > 1:
+        listed = ", ".join(f"{name} ({release})" for name, release in releases.items())
+        click.echo(f"warning: engines of several TensorRT-LLM releases, {listed}: no server serves both", err=True)
     for one in packaged:
         if one.warning is not None:
             click.echo(f"warning: {one.warning}", err=True)
         click.echo(f"{one.directory}: models {', '.join(one.models)}")
+        where = ", in a container with its release (--dry-run prints the command)" if one.release else ""
+        click.echo(f"  next: trtbuild serve {one.models[0]}{where}")
         if isinstance(one.check, TrtllmCheck):
             click.echo(describe_check(one.models, one.check))
         elif one.check is not None:

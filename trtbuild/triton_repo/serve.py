@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -20,8 +21,8 @@ import click
 from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.installation import TritonInstallation
+from trtbuild.triton_repo.packaged_models import check_llmapi, resolve_names
 from trtbuild.triton_repo.triton_process import Ports, TritonProcess, print_to_stderr
-from trtbuild.workspace import PACKAGE_RECORD, read_json
 
 WATCH_S = 0.2
 # A server that dies this often within the window is broken, not unlucky.
@@ -55,6 +56,7 @@ def serve(options: ServeOptions, installation: TritonInstallation, *, progress: 
     """
     models = models_to_load(options)
     _check_tls(options)
+    check_llmapi(options.repository, models, installation)
     with stop_signals() as stopped, ExitStack() as running:
         triton = running.enter_context(_Triton(lambda: _start_triton(options, installation, models, progress)))
         front_end = start_front_end(options, running)
@@ -103,11 +105,19 @@ def models_to_load(options: ServeOptions) -> list[str]:
         raise Refused(f"{options.repository}: no model in it; trtbuild package NAME makes one")
     if not options.names:
         return found
-    known = ", ".join(found)
-    refuse_all("serve", [f"{n}: not in {options.repository}; there: {known}" for n in options.names if n not in found])
-    return [
-        model for model in found if model in options.names or _engine_of(options.repository / model) in options.names
+    return resolve_names(options.repository, options.names)
+
+
+def check_ports(options: ServeOptions) -> None:
+    """Raises `Refused` where two services would listen on the same port."""
+    ports = options.ports
+    given = {"http": ports.http, "grpc": ports.grpc, "metrics": ports.metrics, "openai": options.openai_port}
+    problems = [
+        f"--{first}-port and --{second}-port are both {given[first]}; give each a port of its own"
+        for first, second in itertools.combinations(given, 2)
+        if given[first] == given[second]
     ]
+    refuse_all("serve", problems)
 
 
 def _check_tls(options: ServeOptions) -> None:
@@ -116,12 +126,6 @@ def _check_tls(options: ServeOptions) -> None:
             "--openai-port reaches Triton over plain gRPC on this machine: leave out --grpc-use-ssl, and put TLS in "
             "front of what others reach"
         )
-
-
-def _engine_of(model: Path) -> str:
-    """Whose model it is, other names of it included; "" for somebody else's."""
-    record = model / PACKAGE_RECORD
-    return read_json(record)["engine"] if record.is_file() else ""
 
 
 def _start_triton(

@@ -22,7 +22,11 @@ from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt_llm.builder import TrtllmJob, compile_trtllm
 from trtbuild.engines.tensorrt_llm.engine_config import TrtllmEngine
 from trtbuild.engines.tensorrt_llm.machine import BuildMachine
+from trtbuild.engines.upload import upload_engine
 from trtbuild.errors import CheckFailed, CheckpointError, EngineBuildError, Refused
+from trtbuild.inventory import check_contents, inventory
+from trtbuild.planning.watched_compile import MemoryReport
+from trtbuild.report import print_engine
 from trtbuild.workspace import REQUEST_FILE, Workspace
 
 TESTS = Path(__file__).parents[2]
@@ -92,6 +96,32 @@ def test_engine_directory(tmp_path: Path, fake: pytest.MonkeyPatch) -> None:
         passport.check_files()
     with pytest.raises(Refused, match="trtbuild package tiny"):
         passport.check_runnable()
+
+
+def test_a_built_engine_is_listed_checked_and_uploaded(tmp_path: Path, fake: pytest.MonkeyPatch) -> None:
+    engine = build(tmp_path, tp=1).directory
+    items = [item for item in inventory(Workspace(tmp_path)) if item.stage == "engines"]
+    assert [(item.name, item.state) for item in items] == [("tiny", "complete")]
+    assert "plans only" not in items[0].about
+    assert items[0].about.endswith(", verify cannot run it")
+    assert list(check_contents(items)) == [(items[0], None)]
+    sent = upload_engine(engine, f"file://{tmp_path}/store")
+    stored = {file.name for file in (tmp_path / "store" / "tiny").iterdir()}
+    assert sent.num_sent == sent.num_files
+    assert {"rank0.engine", "config.json", "engine.json", "manifest.json"} <= stored
+    (engine / "rank0.engine").write_bytes(b"other")
+    [(_, problem)] = check_contents(items)
+    assert problem is not None and "rank0.engine differs" in problem
+
+
+def test_what_compile_says_at_its_end(
+    place: Path, fake: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command that comes next is one that takes such an engine."""
+    print_engine(build(place), MemoryReport(1 << 20, None), False)
+    said = capsys.readouterr().out
+    assert "  engines  2, tensorrt-llm 1.2.1, for sm90\n" in said
+    assert said.splitlines()[-1] == f"next: trtbuild package tiny --workspace {place}"
 
 
 def test_rebuild_command_is_the_recipe(place: Path, fake: pytest.MonkeyPatch) -> None:

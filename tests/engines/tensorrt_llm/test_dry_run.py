@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trtbuild.cli import main
+from trtbuild.containers import Installed
 
 FILES = Path(__file__).parent / "dry_run"
 FAKE = Path(__file__).parents[2] / "fake_tensorrt_llm"
@@ -95,6 +96,20 @@ def test_mistakes_are_refused_with_the_fix(arguments: str, message: str) -> None
     result = dry_run(arguments)
     assert result.exit_code == 3, result.output
     assert message in result.output
+
+
+def test_header_of_a_release_whose_tensorrt_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NGC's containers may have TensorRT without a wheel of it."""
+    monkeypatch.setattr("trtbuild.engines.tensorrt_llm.machine.find_installed", lambda: Installed("1.2.1"))
+    lines = dry_run("mixtral").output.splitlines()
+    assert lines[1] == "# TensorRT-LLM 1.2.1"
+
+
+@pytest.mark.parametrize(("precision", "algorithm"), [("int4", "W4A16"), ("int8", "W8A16"), ("fp8", None)])
+def test_deferred_quantization_is_told(precision: str, algorithm: str | None) -> None:
+    output = dry_run(f"qwen2.5-0.5b --precision {precision}").output
+    told = f"its linear layers are bf16: trtllm-build quantizes them ({algorithm})"
+    assert (told in output) == ("its linear layers are" in output) == (algorithm is not None), output
 
 
 def test_smallest_limits_are_taken() -> None:

@@ -24,7 +24,13 @@ from trtbuild.errors import CheckpointError, Refused
 from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.tensorrt_llm import preflight
 from trtbuild.triton_repo.tensorrt_llm.hostfile import is_this_machine, read_hostfile
-from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions, LaunchPlan, ServerOptions, plan_launch
+from trtbuild.triton_repo.tensorrt_llm.launch import (
+    LaunchOptions,
+    LaunchPlan,
+    ServerOptions,
+    launch_warnings,
+    plan_launch,
+)
 from trtbuild.triton_repo.tensorrt_llm.options import TrtllmOptions
 from trtbuild.triton_repo.tensorrt_llm.repository import write_repository
 from trtbuild.triton_repo.tensorrt_llm.served_models import has_trtllm_models, read_trtllm_models
@@ -192,7 +198,7 @@ def test_several_machines(tmp_path: Path) -> None:
     ("lines", "words"),
     [
         (["a slots=2", "b slots=1"], "3 slots on 2 hosts, for 4 ranks"),
-        (["a slots=1", "b slots=3"], "a: 1 ranks, but the engine is for 2 GPUs a node"),
+        (["a slots=1", "b slots=3"], "a: 1 rank, but the engine is for 2 GPUs a node"),
         (["a slots=4"], "a: 4 ranks, but the engine is for 2 GPUs a node"),
         (["a slots=2", "b"], "line 2: 'b'"),
         (["a slots=two"], "line 1: 'a slots=two'"),
@@ -249,9 +255,17 @@ REFUSALS: dict[str, tuple[dict[str, dict[str, Any]], LaunchOptions, str]] = {
     ),
     "several engines": (
         {"a": {"layout": TP2}, "b": {}}, LaunchOptions(),
-        "a (2 ranks), b (1 ranks): add --multi-model, or name the one",
+        "a (2 ranks), b (1 rank): add --multi-model, or name the one",
     ),
-    "participants missing": ({"m": {"layout": TP2}}, ORCHESTRATOR, "m: no participant_ids"),
+    "participants missing": (
+        {"a": {"parameters": {"participant_ids": "1"}}, "m": {"layout": TP2, "count": 2}}, ORCHESTRATOR,
+        "m: no participant_ids, which --disable-spawn-processes needs; rank 0 is the orchestrator's: trtbuild package "
+        "... --trtllm 'participant_ids=2,3;4,5'",
+    ),
+    "several releases": (
+        {"a": {"version": "1.1.0"}, "b": {"version": "1.2.1"}}, LaunchOptions(multi_model=True),
+        "engines of several releases, a (1.1.0), b (1.2.1): a server has one TensorRT-LLM",
+    ),
     "rank 0 is taken": (
         {"m": {"layout": TP2, "parameters": {"participant_ids": "0,1"}}}, ORCHESTRATOR,
         "must be 1 to 2, each rank once, since 0 is the orchestrator; they are m 0,1",
@@ -382,6 +396,21 @@ def test_only_a_triton_with_the_backend_serves(tmp_path: Path, monkeypatch: pyte
         assert "26.07-trtllm-python-py3; --dry-run prints the command" in refusal.value.message
     (tmp_path / "triton" / "backends" / "tensorrtllm").mkdir()
     assert preflight.find_server(None, models, dry_run=False).binary == binary
+
+
+def test_what_the_user_says_to_srun_is_said_once(tmp_path: Path) -> None:
+    found = plan(tmp_path, {"tensorrt_llm": TWO}, LaunchOptions("srun", arguments=("--mpi=pmi2",)))
+    assert [part for part in found.launcher if part.startswith("--mpi")] == ["--mpi=pmi2"]
+    assert "--kill-on-bad-exit=1" in found.launcher
+
+
+def test_engines_without_gpus_of_their_own_are_warned_of(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path, {"a": {"parameters": {"gpu_device_ids": "0"}}, "b": {}})
+    found = serve(repository, "--dry-run", "--multi-model")
+    assert found.exit_code == 0, found.output
+    assert "WARNING: b: no gpu_device_ids" in found.stderr
+    models = read_trtllm_models(repository, ["a"])
+    assert launch_warnings(models, LaunchOptions(multi_model=True)) == []
 
 
 GOLDEN = """\

@@ -13,6 +13,8 @@ from trtbuild.triton_repo.tensorrt_llm.compatibility import check_options
 from trtbuild.triton_repo.tensorrt_llm.option_texts import read_options
 from trtbuild.triton_repo.tensorrt_llm.options import TrtllmOptions
 
+PAGED_FMHA = "compile ... --trtllm use_paged_context_fmha=enable"
+
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -41,24 +43,24 @@ def test_values_that_cannot_be(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "engine", "message"),
     [
-        ({"enable_chunked_context": True}, {"plugins": {"use_paged_context_fmha": False}}, "context_fmha enable"),
-        ({"enable_kv_cache_reuse": True}, {"plugins": {"use_paged_context_fmha": False}}, "context_fmha enable"),
+        ({"enable_chunked_context": True}, {"plugins": {"use_paged_context_fmha": False}}, PAGED_FMHA),
+        ({"enable_kv_cache_reuse": True}, {"plugins": {"use_paged_context_fmha": False}}, PAGED_FMHA),
         ({"enable_kv_cache_reuse": True}, {"quantization": {"kv_cache_quant_algo": "INT8"}}, "INT8 KV cache"),
-        ({}, {"build": {"kv_cache_type": "CONTINUOUS"}}, "no paged KV cache"),
-        ({}, {"plugins": {"remove_input_padding": False}}, "--remove_input_padding enable"),
+        ({}, {"build": {"kv_cache_type": "CONTINUOUS"}}, "no paged KV cache, .* --trtllm kv_cache_type=paged"),
+        ({}, {"plugins": {"remove_input_padding": False}}, "--trtllm remove_input_padding=enable"),
         ({}, {"plugins": {"gpt_attention_plugin": None}}, "gpt_attention_plugin"),
-        ({"max_batch_size": 8}, {}, "max_batch_size is 8, the engine was built for 4"),
-        ({"max_beam_width": 2}, {}, "max_beam_width is 2, the engine was built for 1"),
-        ({"max_tokens_in_paged_kv_cache": 100}, {}, "max_seq_len 256 tokens would never fit"),
+        ({"max_batch_size": 8}, {}, "the engine was built for 4; lower it, or .* --max-batch-size 8"),
+        ({"max_beam_width": 2}, {}, "built for 1; .* --trtllm max_beam_width=2"),
+        ({"max_tokens_in_paged_kv_cache": 100}, {}, "max_seq_len 256 tokens would never fit; .* --max-seq-len"),
         ({"max_attention_window_size": (512,)}, {}, "longer than the engine's max_seq_len 256"),
         ({"max_attention_window_size": (64,) * 4}, {}, "4 values for 3 layers"),
-        ({"sink_token_length": 4}, {}, "--streamingllm enable"),
-        ({"lora_cache_max_adapter_size": 8}, {}, "the engine has no LoRA"),
+        ({"sink_token_length": 4}, {}, "--trtllm streamingllm=enable"),
+        ({"lora_cache_max_adapter_size": 8}, {}, "the engine has no LoRA; .* --trtllm lora_plugin=auto"),
         ({"lora_cache_max_adapter_size": 128}, {"plugins": {"lora_plugin": "auto"}}, "built for 64 .max_lora_rank"),
-        ({"gpu_weights_percent": 0.5}, {}, "--weight_streaming"),
-        ({"decoding_mode": "beam_search"}, {}, "larger --max_beam_width"),
+        ({"gpu_weights_percent": 0.5}, {}, "--trtllm weight_streaming=true"),
+        ({"decoding_mode": "beam_search"}, {}, "--trtllm max_beam_width=4"),
         ({"decoding_mode": "top_p"}, {"build": {"max_beam_width": 4}}, "need beam_search"),
-        ({"decoding_mode": "medusa"}, {}, "without --speculative_decoding_mode"),
+        ({"decoding_mode": "medusa"}, {}, "--trtllm speculative_decoding_mode=..."),
         ({"decoding_mode": "top_k"}, {"build": {"speculative_decoding_mode": 32}}, "built for eagle"),
         ({}, {"build": {"speculative_decoding_mode": 8}}, "give its window"),
         ({"guided_decoding_backend": "xgrammar"}, {"build": {"max_beam_width": 2}}, "neither beams nor"),
@@ -106,3 +108,14 @@ def test_options_as_text() -> None:
         read_options(["max_batch_size=many", "nonsense=1", "instances", "decoupled=yes", "instances=1", "instances=2"])
     for part in ("a whole number", "'nonsense=1'", "'instances'", "true or false", "instances is given twice"):
         assert part in refused.value.message
+
+
+def test_a_misspelt_option_is_recognised_and_everything_wrong_is_told_at_once() -> None:
+    with pytest.raises(Refused) as refused:
+        read_options(["kv_cache_free_gpu_mem_fractio=0.5", "max_batch_size=0", "instances=two", "gpu_device_ids=0;1"])
+    lines = refused.value.message.splitlines()[1:]
+    assert lines == [
+        "  - 'kv_cache_free_gpu_mem_fractio=0.5': did you mean kv_cache_free_gpu_mem_fraction?",
+        "  - instances=two: a whole number",
+        "  - max_batch_size is 0, must be at least 1",
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from trtllm_engine import make_trtllm_engine
+from trtllm_engine import TINY_MIXTRAL, make_trtllm_engine
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.cli import main
@@ -92,6 +92,31 @@ def test_several_engines_in_one_repository(place: Workspace) -> None:
     assert package(place, "other-trtllm", "--no-check", "--prefix", "b").exit_code == 0
     steps = read_config(place.models / "b_ensemble" / "config.pbtxt").ensemble_scheduling.step
     assert [step.model_name for step in steps] == ["b_preprocessing", "b_tensorrt_llm", "b_postprocessing"]
+
+
+def test_several_engines_are_not_in_one_place_nor_of_several_releases_unsaid(place: Workspace) -> None:
+    make_trtllm_engine(place.engines / "old-trtllm", version="1.1.0")
+    refused = package(place, "tiny-trtllm", "old-trtllm", "--no-check", "--engine-path", "/x")
+    assert (refused.exit_code, "--engine-path /x is where one engine is" in refused.output) == (3, True)
+    assert not place.models.exists()
+    # Nothing was packaged that could have gone unchecked.
+    assert "--no-check" not in refused.output
+    result = package(place, "tiny-trtllm", "old-trtllm", "--no-check")
+    assert result.exit_code == 0, result.output
+    assert "several TensorRT-LLM releases, tiny-trtllm (1.2.1), old-trtllm (1.1.0)" in result.stderr
+    assert "WARNING: --no-check" in result.stderr
+
+
+def test_the_result_has_the_models_names_and_the_next_step(place: Workspace) -> None:
+    result = package(place, "tiny-trtllm", "--no-check", "--prefix", "a")
+    assert "next: trtbuild serve a_tensorrt_llm, in a container" in result.stdout
+    assert "container. a_tensorrt_llm, and what goes through it (a_ensemble, a_tensorrt_llm_bls)" in result.stdout
+
+
+def test_a_directory_without_llmapi_is_told_of_it(place: Workspace) -> None:
+    result = package(place, str(TINY_MIXTRAL), "--no-check")
+    assert result.exit_code == 3
+    assert f"trtbuild package {TINY_MIXTRAL} --llmapi" in result.output
 
 
 @pytest.mark.parametrize(

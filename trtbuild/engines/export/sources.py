@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, RankCheckpoint
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.export.export import Companions
-from trtbuild.engines.passport import MODEL_CARD_DIRECTORY, PASSPORT, TOKENIZER_DIRECTORY
+from trtbuild.engines.passport import MODEL_CARD_DIRECTORY, PASSPORT, TOKENIZER_DIRECTORY, Passport
 from trtbuild.errors import Refused
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import Workspace
@@ -43,9 +44,20 @@ def open_origin(
         given = ", ".join("--" + flag.replace("_", "-") for flag in flags)
         raise Refused(f"{given}: {name} is converted already ({_HOW}); leave it out, or name the model")
     if not (built / AUTHORITY).is_file() and not (engine / AUTHORITY).is_file():
-        raise Refused(f"{engine} was compiled without weights (--plan-only); export its model")
+        raise Refused(_no_weights(Passport.open(engine)))
     checkpoint = RankCheckpoint.open(built if (built / AUTHORITY).is_file() else engine)
     return checkpoint, _companions(place, checkpoint, engine, moved, progress)
+
+
+def _no_weights(engine: Passport) -> str:
+    """Why an engine without a rank checkpoint cannot be exported, and what can be."""
+    model = engine.data["source"]["model"]
+    precision = engine.data["recipe"].get("precision") or engine.precision.weights
+    why = "was compiled without weights (--plan-only)"
+    if engine.builder_name == "tensorrt-llm":
+        why = "is an engine of TensorRT-LLM, whose weights nothing can read back"
+    command = shlex.join(["trtbuild", "export", model, "--precision", precision])
+    return f"{engine.directory} {why}; export its model: {command}"
 
 
 def _companions(

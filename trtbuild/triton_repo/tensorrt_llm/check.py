@@ -27,8 +27,8 @@ from trtbuild.triton_repo.tensorrt_llm.tensors import ModelRole
 from trtbuild.triton_repo.triton_process import Ports, TritonProcess
 
 NOT_CHECKED = (
-    "the engine was not loaded: that takes its GPUs and the C++ backend of NGC's container. tensorrt_llm, and what "
-    "goes through it (ensemble, tensorrt_llm_bls), was parsed and compared, not run"
+    "the engine was not loaded: that takes its GPUs and the C++ backend of NGC's container. {engine}, and what "
+    "goes through it ({ensemble}, {bls}), was parsed and compared, not run"
 )
 PROMPT = "Once upon a time, in a city by the sea,"
 _LOAD_TIMEOUT_S = 300.0
@@ -42,7 +42,7 @@ class TrtllmCheck:
 
     triton: str | None
     num_prompt_tokens: int | None
-    not_checked: str = NOT_CHECKED
+    not_checked: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,9 +56,9 @@ def check_repository(
     if problems:
         raise CheckFailed(f"{repository}:" + "".join(f"\n  - {problem}" for problem in problems))
     if installation is None:
-        return TrtllmCheck(None, None)
+        return TrtllmCheck(None, None, _not_checked(names))
     with progress(f"checking {names['preprocessing']} and {names['postprocessing']} ({installation.source})", 1):
-        return TrtllmCheck(installation.source, _ask_models(repository, names, installation))
+        return TrtllmCheck(installation.source, _ask_models(repository, names, installation), _not_checked(names))
 
 
 def read_config(file: Path) -> Any:
@@ -139,6 +139,12 @@ def _ensemble_problems(ensemble: Any, models: Mapping[str, Any]) -> Iterator[str
     for tensor in ensemble.output:
         if types.get(tensor.name) != tensor.data_type:
             yield f"ensemble: output {tensor.name} comes from nowhere, or as another type"
+
+
+def _not_checked(names: ModelNames) -> str:
+    return NOT_CHECKED.format(
+        engine=names["tensorrt_llm"], ensemble=names["ensemble"], bls=names["tensorrt_llm_bls"]
+    )  # fmt: skip
 
 
 def _ask_models(repository: Path, names: ModelNames, installation: TritonInstallation) -> int:

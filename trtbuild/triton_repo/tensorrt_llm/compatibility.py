@@ -18,6 +18,14 @@ _MODE_OF_ENGINE: dict[int, DecodingMode] = {
 }  # fmt: skip
 
 
+_BUILD = "build the engine again with trtbuild compile ... {}"
+
+
+def _build(*flags: str) -> str:
+    """The fix that needs another engine; flags are trtllm-build's own names."""
+    return _BUILD.format(" ".join(f"--trtllm {flag}" for flag in flags))
+
+
 def check_options(options: TrtllmOptions, passport: Passport, engine: TrtllmEngine) -> TrtllmOptions:
     """The options with everything filled in that follows from the engine and its model.
 
@@ -63,15 +71,16 @@ def _engine_problems(engine: TrtllmEngine) -> Iterator[str]:
     if missing:
         yield f"{', '.join(missing)} of {engine.world_size} ranks missing in {engine.directory}; build the engine again"
     if not engine.has_paged_kv_cache:
-        yield "the engine has no paged KV cache, which in-flight batching needs; build it with --kv_cache_type paged"
+        yield f"the engine has no paged KV cache, which in-flight batching needs; {_build('kv_cache_type=paged')}"
     if engine.plugins.get("remove_input_padding") is False:
-        yield "the engine pads its input; in-flight batching needs --remove_input_padding enable"
+        yield f"the engine pads its input, and in-flight batching does not; {_build('remove_input_padding=enable')}"
     if "gpt_attention_plugin" in engine.plugins and not engine.plugins["gpt_attention_plugin"]:
-        yield "the engine has no gpt_attention_plugin, which in-flight batching needs; build it with auto"
+        rebuilt = _build("gpt_attention_plugin=auto")
+        yield f"the engine has no gpt_attention_plugin, which in-flight batching needs; {rebuilt}"
 
 
 def _feature_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[str]:
-    rebuild = "build the engine with --use_paged_context_fmha enable"
+    rebuild = _build("use_paged_context_fmha=enable")
     if options.enable_chunked_context and not engine.has_paged_context_attention:
         yield f"enable_chunked_context: the engine has no paged context FMHA; {rebuild}"
     if options.enable_kv_cache_reuse and not engine.has_paged_context_attention:
@@ -85,7 +94,8 @@ def _feature_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[
         ) if getattr(options, name) is not None
     ]  # fmt: skip
     if lora and not engine.has_lora:
-        yield f"{', '.join(lora)}: the engine has no LoRA; build it with --lora_plugin auto and --lora_target_modules"
+        rebuilt = _build("lora_plugin=auto", "lora_target_modules=...")
+        yield f"{', '.join(lora)}: the engine has no LoRA; {rebuilt}"
     largest = int((engine.build.get("lora_config") or {}).get("max_lora_rank") or 64)
     if engine.has_lora and (options.lora_cache_max_adapter_size or 0) > largest:
         given = options.lora_cache_max_adapter_size
@@ -93,19 +103,24 @@ def _feature_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[
     if (options.lora_cache_optimal_adapter_size or 0) > (options.lora_cache_max_adapter_size or 64):
         yield "lora_cache_optimal_adapter_size exceeds lora_cache_max_adapter_size (64 where it is not given)"
     if options.gpu_weights_percent not in (None, 1.0) and not engine.build.get("weight_streaming"):
-        yield "gpu_weights_percent: the engine cannot stream weights; build it with --weight_streaming"
+        yield f"gpu_weights_percent: the engine cannot stream weights; {_build('weight_streaming=true')}"
 
 
 def _size_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[str]:
     for name in ("max_batch_size", "max_beam_width"):
         value, limit = getattr(options, name), getattr(engine, name)
         if (value or 0) > limit:
-            yield f"{name} is {value}, the engine was built for {limit}"
+            rebuilt = (
+                _build("max_beam_width=" + str(value))
+                if name == "max_beam_width"
+                else _BUILD.format(f"--max-batch-size {value}")
+            )
+            yield f"{name} is {value}, the engine was built for {limit}; lower it, or {rebuilt}"
     tokens = options.max_tokens_in_paged_kv_cache
     if tokens is not None and tokens < engine.max_seq_len:
         yield (
             f"max_tokens_in_paged_kv_cache is {tokens}: a request of max_seq_len {engine.max_seq_len} tokens would "
-            "never fit; raise it, or build the engine with a smaller --max_seq_len"
+            "never fit; raise it, or build the engine again with trtbuild compile ... --max-seq-len N, a smaller one"
         )
     windows = options.max_attention_window_size or ()
     if any(window > engine.max_seq_len for window in windows):
@@ -113,20 +128,23 @@ def _size_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[str
     if len(windows) > engine.num_layers:
         yield f"max_attention_window_size has {len(windows)} values for {engine.num_layers} layers"
     if (options.sink_token_length or 0) > 0 and not engine.plugins.get("streamingllm"):
-        yield "sink_token_length: the engine was not built with --streamingllm enable"
+        yield f"sink_token_length: the engine was not built for it; {_build('streamingllm=enable')}"
 
 
 def _decoding_problems(options: TrtllmOptions, engine: TrtllmEngine) -> Iterator[str]:
     beams = options.max_beam_width or engine.max_beam_width
     mode, forced = options.decoding_mode, _MODE_OF_ENGINE.get(engine.speculative_decoding_mode)
     if mode == "beam_search" and beams == 1:
-        yield "decoding_mode beam_search: max_beam_width is 1; build the engine with a larger --max_beam_width"
+        yield f"decoding_mode beam_search: max_beam_width is 1; {_build('max_beam_width=4')}"
     if mode in ("top_k", "top_p", "top_k_top_p") and beams > 1:
         yield f"decoding_mode {mode} with max_beam_width {beams}: the engine's beams need beam_search"
     if mode is not None and forced is not None and mode != forced:
         yield f"decoding_mode {mode}: the engine was built for {forced}, which the backend takes instead"
     if mode in _MODE_OF_ENGINE.values() and forced is None:
-        yield f"decoding_mode {mode}: the engine was built without --speculative_decoding_mode"
+        yield (
+            f"decoding_mode {mode}: the engine was built without speculative decoding; "
+            f"{_build('speculative_decoding_mode=...')}"
+        )
     if "lookahead" in (mode, forced) and options.lookahead is None:
         yield "decoding_mode lookahead: give its window, n-gram and verification set size"
     if options.lookahead is not None and "lookahead" not in (mode, forced):

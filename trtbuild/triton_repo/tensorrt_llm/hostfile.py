@@ -55,6 +55,10 @@ def hosts_used(hosts: tuple[Host, ...], world_size: int) -> Iterator[tuple[Host,
         left -= host.slots
 
 
+def ranks_text(count: int) -> str:
+    return f"{count} rank{'s' if count != 1 else ''}"
+
+
 def host_problems(hosts: tuple[Host, ...], world_size: int, gpus_per_node: int, *, first_rank: int = 0) -> list[str]:
     """Why `world_size` ranks, of which those from `first_rank` compute, do not fit; [] where they do.
 
@@ -68,7 +72,7 @@ def host_problems(hosts: tuple[Host, ...], world_size: int, gpus_per_node: int, 
         return []
     used = list(hosts_used(hosts, world_size))
     problems = [
-        f"{host.name}: {ranks} ranks, but the engine is for {gpus_per_node} GPUs a node (gpus_per_node), and a "
+        f"{host.name}: {ranks_text(ranks)}, but the engine is for {gpus_per_node} GPUs a node (gpus_per_node), and a "
         f"rank takes GPU rank % {gpus_per_node} of its host; give it slots={gpus_per_node}, or set "
         "gpu_device_ids in its config.pbtxt to those of one machine"
         for host, ranks in used[:-1]
@@ -77,7 +81,7 @@ def host_problems(hosts: tuple[Host, ...], world_size: int, gpus_per_node: int, 
     last, ranks = used[-1]
     if ranks > gpus_per_node:
         problems.append(
-            f"{last.name}: {ranks} ranks, but the engine is for {gpus_per_node} GPUs a node (gpus_per_node); "
+            f"{last.name}: {ranks_text(ranks)}, but the engine is for {gpus_per_node} GPUs a node (gpus_per_node); "
             f"give it slots={gpus_per_node} and add hosts"
         )
     return problems

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trtbuild.containers import release_of
 from trtbuild.errors import Refused, refuse_all
-from trtbuild.triton_repo.tensorrt_llm.hostfile import Host, host_problems, read_hostfile
+from trtbuild.triton_repo.tensorrt_llm.hostfile import Host, host_problems, ranks_text, read_hostfile
 from trtbuild.triton_repo.tensorrt_llm.served_models import TrtllmModel
 from trtbuild.triton_repo.triton_process import Ports
 
@@ -135,9 +136,27 @@ def _option_problems(models: Sequence[TrtllmModel], options: LaunchOptions) -> l
             problems.append(f"--multi-model spawns ranks by MPI_Comm_spawn, which is not for Slurm; {fix}")
     several = [one for one in models if one.world_size > 1]
     if len(models) > 1 and several and not options.multi_model:
-        names = ", ".join(f"{one.name} ({one.world_size} ranks)" for one in models)
+        names = ", ".join(f"{one.name} ({ranks_text(one.world_size)})" for one in models)
         problems.append(f"several engines in one server, {names}: add --multi-model, or name the one to serve")
+    releases = {release_of(one.engine.version) for one in models if one.engine.version}
+    if len(releases) > 1:
+        names = ", ".join(f"{one.name} ({one.engine.version})" for one in models)
+        problems.append(
+            f"engines of several releases, {names}: a server has one TensorRT-LLM; serve them apart by name, each in "
+            "its container, or build them again with one release"
+        )
     return problems
+
+
+def launch_warnings(models: Sequence[TrtllmModel], options: LaunchOptions) -> list[str]:
+    """What may be meant, and seldom is."""
+    unplaced = [one.name for one in models if not one.gpu_device_ids]
+    if not options.multi_model or len(models) < 2 or not unplaced:
+        return []
+    return [
+        f"{', '.join(unplaced)}: no gpu_device_ids, so each of these takes GPUs from 0 on, beside the others; "
+        "trtbuild package NAME --trtllm gpu_device_ids=0,1 says which"
+    ]
 
 
 def _model_problems(models: Sequence[TrtllmModel], options: LaunchOptions) -> list[str]:
@@ -146,7 +165,7 @@ def _model_problems(models: Sequence[TrtllmModel], options: LaunchOptions) -> li
     # On several machines gpu_device_ids is what each of them has.
     several_nodes = not options.multi_model and (options.hostfile is not None or options.launcher == "srun")
     for one in models:
-        size = f"the engine has {one.world_size} ranks (tp {one.engine.tp} x pp {one.engine.pp})"
+        size = f"the engine has {ranks_text(one.world_size)} (tp {one.engine.tp} x pp {one.engine.pp})"
         for name, groups in (("gpu_device_ids", one.gpu_device_ids), ("participant_ids", one.participant_ids)):
             repeats = several_nodes and name == "gpu_device_ids"
             for group in groups:
@@ -156,15 +175,19 @@ def _model_problems(models: Sequence[TrtllmModel], options: LaunchOptions) -> li
             if groups and len(groups) != one.num_instances:
                 problems.append(f"{one.name}: {len(groups)} groups in {name}, but {one.num_instances} instances")
         if one.num_instances > 1 and one.world_size > 1 and not options.multi_model:
-            problems.append(f"{one.name}: {one.num_instances} instances of {one.world_size} ranks need --multi-model")
+            problems.append(
+                f"{one.name}: {one.num_instances} instances of {ranks_text(one.world_size)} need --multi-model"
+            )
     return problems + ([] if options.spawn or problems else _participant_problems(models))
 
 
 def _participant_problems(models: Sequence[TrtllmModel]) -> list[str]:
-    missing = [one.name for one in models if not one.participant_ids]
+    missing = [one for one in models if not one.participant_ids]
     if missing:
         return [
-            f"{name}: no participant_ids, which --disable-spawn-processes needs; rank 0 is taken" for name in missing
+            f"{one.name}: no participant_ids, which --disable-spawn-processes needs; rank 0 is the orchestrator's: "
+            f"trtbuild package ... --trtllm 'participant_ids={ids}'"
+            for one, ids in _free_participants(models)
         ]
     taken = sorted(rank for one in models for group in one.participant_ids for rank in group)
     if taken != list(range(1, len(taken) + 1)):
@@ -173,6 +196,19 @@ def _participant_problems(models: Sequence[TrtllmModel]) -> list[str]:
             f"participant_ids must be 1 to {len(taken)}, each rank once, since 0 is the orchestrator; they are {each}"
         ]
     return []
+
+
+def _free_participants(models: Sequence[TrtllmModel]) -> list[tuple[TrtllmModel, str]]:
+    """For the models without participant_ids: the next ranks behind those of the others, as the backend reads them."""
+    first = 1 + max((rank for one in models for group in one.participant_ids for rank in group), default=0)
+    found: list[tuple[TrtllmModel, str]] = []
+    for one in models:
+        groups: list[str] = []
+        for _ in range(0 if one.participant_ids else one.num_instances):
+            groups.append(_text(range(first, first + one.world_size)))
+            first += one.world_size
+        found += [(one, ";".join(groups))] if groups else []
+    return found
 
 
 def _place_problems(
@@ -212,11 +248,17 @@ def _launcher(models: Sequence[TrtllmModel], options: LaunchOptions, world_size:
         per_node = min(world_size, min(one.gpus_per_node for one in models) + int(options.multi_model))
         return [
             "srun", f"--ntasks={world_size}", f"--nodes={-(-world_size // per_node)}", f"--ntasks-per-node={per_node}",
-            "--distribution=block", "--mpi=pmix", "--kill-on-bad-exit=1", *options.arguments,
+            *_unless_given(("--distribution=block", "--mpi=pmix", "--kill-on-bad-exit=1"), options.arguments),
+            *options.arguments,
         ]  # fmt: skip
     # Up to two processes Open MPI binds each to one core, which a server's threads would share.
     hosts = [] if options.hostfile is None else ["--hostfile", str(options.hostfile), "--map-by", "slot"]
     return ["mpirun", "--allow-run-as-root", "--bind-to", "none", *hosts, *options.arguments]
+
+
+def _unless_given(defaults: Sequence[str], given: Sequence[str]) -> list[str]:
+    names = {one.partition("=")[0] for one in given}
+    return [one for one in defaults if one.partition("=")[0] not in names]
 
 
 def _rank(rank: int, models: Sequence[TrtllmModel], server: ServerOptions, extra: Sequence[str]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from trtbuild.errors import refuse_all
 
@@ -84,9 +84,10 @@ class TrtllmOptions:
     """"user": text_input is what a user says; "messages": it is a list of messages in JSON."""
 
     def __post_init__(self) -> None:
-        refuse_all("options of the TensorRT-LLM repository", self._problems())
+        refuse_all("options of the TensorRT-LLM repository", self.find_problems())
 
-    def _problems(self) -> Iterator[str]:
+    def find_problems(self) -> Iterator[str]:
+        """Values that cannot be, alone or together."""
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -133,6 +134,14 @@ class TrtllmOptions:
                 f"instances is {self.instances}: gpu_device_ids must say where each runs, such as 0,1;2,3; "
                 "Triton's instance_group does not place this backend"
             )
+
+
+def problems_of(values: Mapping[str, Any]) -> list[str]:
+    """What `TrtllmOptions(**values)` would refuse, beside what else is wrong."""
+    unchecked = object.__new__(TrtllmOptions)
+    for one in fields(TrtllmOptions):
+        object.__setattr__(unchecked, one.name, values.get(one.name, one.default))
+    return list(unchecked.find_problems())
 
 
 _COUNTS = (

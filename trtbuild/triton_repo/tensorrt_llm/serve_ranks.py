@@ -11,8 +11,15 @@ import click
 from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.installation import TritonInstallation
+from trtbuild.triton_repo.packaged_models import check_llmapi
 from trtbuild.triton_repo.serve import WATCH_S, ServeOptions, drain, models_to_load, say_where, stop_signals
-from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions, LaunchPlan, ServerOptions, plan_launch
+from trtbuild.triton_repo.tensorrt_llm.launch import (
+    LaunchOptions,
+    LaunchPlan,
+    ServerOptions,
+    launch_warnings,
+    plan_launch,
+)
 from trtbuild.triton_repo.tensorrt_llm.preflight import check_here, count_gpus, find_server, version_problems
 from trtbuild.triton_repo.tensorrt_llm.rank_processes import RankProcesses
 from trtbuild.triton_repo.tensorrt_llm.served_models import TrtllmModel, read_trtllm_models
@@ -34,8 +41,10 @@ def serve_ranks(
     names = models_to_load(options)
     models = _read_models(options, names)
     installation = find_server(tritonserver, models, dry_run=False)
+    check_llmapi(options.repository, names, installation)
     plan = _plan(options, launch, models, installation)
     check_here(plan, models)
+    _warn(launch_warnings(models, launch))
     with stop_signals() as stopped, _start(options, plan, installation, names, progress) as ranks:
         say_where(options, names)
         while not stopped():
@@ -57,8 +66,12 @@ def print_ranks(options: ServeOptions, launch: LaunchOptions, tritonserver: Path
         click.echo(
             f"note: TensorRT-LLM {version} is in {container.describe() if container else 'no container'}", err=True
         )
-    for problem in version_problems(models, find_installed()):
-        click.echo(f"WARNING: {problem}", err=True)
+    _warn([*launch_warnings(models, launch), *version_problems(models, find_installed())])
+
+
+def _warn(texts: Sequence[str]) -> None:
+    for text in texts:
+        click.echo(f"WARNING: {text}", err=True)
 
 
 def _read_models(options: ServeOptions, names: Sequence[str]) -> tuple[TrtllmModel, ...]:
