@@ -231,6 +231,7 @@ def test_a_stopped_compile_leaves_one_line_and_no_process(
     shutil.rmtree(tmp_path / "engines")
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_told_soon(tmp_path: Path) -> None:
     """It takes connections, and that is all."""
     with socket.socket() as hole:

@@ -199,6 +199,7 @@ def held_pids(folder: Path) -> list[int]:
     return sorted(int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*"))
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_without_ray(
     cluster: str, tmp_path: Path, local_int4: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +232,7 @@ def run_cli(*arguments: str) -> Any:
     return CliRunner().invoke(main, arguments)
 
 
+@pytest.mark.slow
 def test_compile_on_ray(cluster: str, tmp_path: Path, local_int4: dict[str, bytes]) -> None:
     """Rank files to the byte, plans compiled and verified by workers; the executor is no part of the request."""
     flags = [

@@ -57,6 +57,7 @@ def test_packaged_once(place: Workspace) -> None:
     assert package_where_needed(place, passport, WorkerSettings(slots=2))
 
 
+@pytest.mark.slow
 def test_the_same_load_through_triton_and_without(place: Workspace) -> None:
     """One stream: a prefill step and six decode steps of 20 ms, whatever the road."""
     sweep = Sweep.create(

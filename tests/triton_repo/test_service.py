@@ -124,7 +124,7 @@ def test_terminated_under_load(serve: Callable[..., Service]) -> None:
     ("file", "content", "named"),
     [
         ("mixtral/1/engine/rank0.safetensors", "short", "rank0.safetensors: a header of"),
-        ("mixtral/config.pbtxt", "name: 'mixtral' input {", "mixtral"),
+        pytest.param("mixtral/config.pbtxt", "name: 'mixtral' input {", "mixtral", marks=pytest.mark.slow),
         pytest.param("mixtral/1/engine/engine.json", None, "engine.json", marks=pytest.mark.slow),
         pytest.param("mixtral/1/engine/engine.json", "{", "engine.json is missing", marks=pytest.mark.slow),
         pytest.param("mixtral-unary/1/model.py", "not python", "mixtral-unary", marks=pytest.mark.slow),

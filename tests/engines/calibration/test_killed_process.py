@@ -80,6 +80,7 @@ def killed_twice(workspace: Path, model: str, precision: str) -> bool:
     return not (workspace / "build" / "x").exists()
 
 
+@pytest.mark.slow
 def test_killed_twice_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     model, precision = "tiny-mixtral", "int4-awq"
     expected = converted(tmp_path / "whole", model, precision)

@@ -143,8 +143,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("precision", ["int4-awq", "int4-gptq"])
-@pytest.mark.parametrize("damage", [None, "layer-0000.safetensors", "hidden.safetensors"])
+@pytest.mark.parametrize(
+    ("precision", "damage"),
+    [
+        ("int4-awq", None),
+        ("int4-gptq", "hidden.safetensors"),
+        pytest.param("int4-gptq", None, marks=pytest.mark.slow),
+        pytest.param("int4-gptq", "layer-0000.safetensors", marks=pytest.mark.slow),
+        pytest.param("int4-awq", "layer-0000.safetensors", marks=pytest.mark.slow),
+        pytest.param("int4-awq", "hidden.safetensors", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_it_goes_on_to_the_same_bytes(
     tmp_path: Path, precision: str, damage: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

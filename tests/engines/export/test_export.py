@@ -24,8 +24,9 @@ from trtbuild.checkpoints.precision import LinearForm, Precision
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.checkpoints.rank_tensors import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines.calibration import layers
+from trtbuild.engines.calibration import layer_quantizer, layers
 from trtbuild.engines.calibration.prepare import prepare_once
+from trtbuild.engines.calibration.smoothing import share_between_heads
 from trtbuild.engines.calibration.text import CalibrationText
 from trtbuild.engines.export import writer
 from trtbuild.engines.export.export import RECORD, Companions, export_checkpoint
@@ -181,9 +182,17 @@ def test_the_layout_leaves_no_trace(layout: Layout, precision: Any, tmp_path: Pa
     assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
 
 
+def some_scales(_: Any, magnitude: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """A scale of its own for each channel, but for those of grouped heads."""
+    scale, fold = torch.linspace(0.6, 1.7, len(magnitude)), rest[3] if len(rest) > 3 else None
+    return share_between_heads(scale, fold) if fold else scale
+
+
 def test_awq_is_exported_with_its_folded_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, router and biases took up scales: the export has the ranks' ones, and so computes what they do."""
     monkeypatch.setattr(layers, "calibration_tokens", lambda *_: [some_tokens(64, seed=seed) for seed in range(4)])
+    # Random weights may need no scales at all.
+    monkeypatch.setattr(layer_quantizer, "search", some_scales)
     plain, directory = converted(tmp_path, Case("mixtral", "bf16", changes=WIDE))
     source = CheckpointSource.open(str(directory))
     prepared = prepare_once(source, CalibrationText("none", ""), "int4-awq", tmp_path / "calibration")
