@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +35,12 @@ from trtbuild.triton_repo.triton_process import Ports, TritonProcess
 from trtbuild.workspace import Workspace
 
 FAKE = Path(__file__).parent / "fake_llmapi"
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: a hard link changes the file's ctime, by which other tests would see the bundled one as touched."""
+    return Path(shutil.copytree(TINY_MIXTRAL, tmp_path_factory.mktemp("hf") / "tiny-mixtral"))
 
 
 def with_fake(installation: TritonInstallation) -> TritonInstallation:
@@ -265,7 +272,7 @@ def test_without_streaming_a_plain_infer_answers(
 
 
 def test_a_model_yaml_that_is_wrong_fails_the_load_and_says_why(
-    tmp_path: Path, triton: TritonInstallation, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, triton: TritonInstallation, monkeypatch: pytest.MonkeyPatch, mixtral: Path
 ) -> None:
     place = Workspace(tmp_path)
     wrong: dict[str, tuple[dict[str, Any], str]] = {
@@ -274,7 +281,7 @@ def test_a_model_yaml_that_is_wrong_fails_the_load_and_says_why(
         "misspelt": ({"triton_config": {"decoupeld": True}}, "triton_config has no 'decoupeld'"),
     }
     for name, (change, _) in wrong.items():
-        package_llmapi(place, TINY_MIXTRAL, name)
+        package_llmapi(place, mixtral, name)
         file = place.models / name / "1" / "model.yaml"
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     monkeypatch.setenv("FAKE_LLMAPI_LOG", str(tmp_path / "log.jsonl"))
@@ -287,10 +294,10 @@ def test_a_model_yaml_that_is_wrong_fails_the_load_and_says_why(
         assert f"{name}: " in raised.value.message and message in raised.value.message
 
 
-def test_the_package_is_complete_and_known_to_the_other_commands(tmp_path: Path) -> None:
+def test_the_package_is_complete_and_known_to_the_other_commands(tmp_path: Path, mixtral: Path) -> None:
     """Hard links of the weights; config.pbtxt has our text model's tensors; list and serve know it."""
     place = Workspace(tmp_path)
-    done = package_llmapi(place, TINY_MIXTRAL, "mix", LlmapiOptions(moe_ep=2, tp=2))
+    done = package_llmapi(place, mixtral, "mix", LlmapiOptions(moe_ep=2, tp=2))
     assert done.quantization is None and any("not installed here" in note for note in done.notes)
     model = place.models / "mix"
     config: Any = text_format.Parse((model / "config.pbtxt").read_text(), vars(model_config_pb2)["ModelConfig"]())
@@ -302,11 +309,11 @@ def test_the_package_is_complete_and_known_to_the_other_commands(tmp_path: Path)
         assert tensor.name in inputs
     assert {tensor.name for tensor in config.output} <= {tensor.name for tensor in TEXT_OUTPUTS}
     links = model / "1" / "checkpoint"
-    assert (links / "model-00001-of-00002.safetensors").samefile(TINY_MIXTRAL / "model-00001-of-00002.safetensors")
+    assert (links / "model-00001-of-00002.safetensors").samefile(mixtral / "model-00001-of-00002.safetensors")
     assert yaml.safe_load((model / "1" / "model.yaml").read_text())["moe_expert_parallel_size"] == 2
     assert [item.name for item in inventory(place) if item.stage == "triton_repo"] == ["mix"]
     assert models_to_load(ServeOptions(place.models, ("mix",))) == ["mix"]
-    package_llmapi(place, TINY_MIXTRAL, "mix")
+    package_llmapi(place, mixtral, "mix")
     assert yaml.safe_load((model / "1" / "model.yaml").read_text())["tensor_parallel_size"] == 1
 
 
@@ -341,7 +348,7 @@ def test_refuses_a_model_that_tensorrt_llm_has_not(tmp_path: Path) -> None:
         package_llmapi(Workspace(tmp_path), directory)
 
 
-def test_refuses_other_methods_layouts_and_places(tmp_path: Path) -> None:
+def test_refuses_other_methods_layouts_and_places(tmp_path: Path, mixtral: Path) -> None:
     awq = TINY_MIXTRAL.parent / "tiny-quantized" / "awq-mixtral"
     place = Workspace(tmp_path)
     with pytest.raises(Refused) as raised:
@@ -351,7 +358,7 @@ def test_refuses_other_methods_layouts_and_places(tmp_path: Path) -> None:
         package_llmapi(place, tmp_path / "none")
     (place.models / "taken").mkdir(parents=True)
     with pytest.raises(Refused, match="is another model"):
-        package_llmapi(place, TINY_MIXTRAL, "taken")
+        package_llmapi(place, mixtral, "taken")
 
 
 def test_text_that_is_no_utf8_is_refused() -> None:
@@ -361,13 +368,13 @@ def test_text_that_is_no_utf8_is_refused() -> None:
         parse_request({"text_input": np.array([[b"a\xff"]], dtype=object)}, True)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path, mixtral: Path) -> None:
     """`package DIR --llmapi`: fields of ours and any further argument of the LLM API."""
     from click.testing import CliRunner
 
     from trtbuild.cli import main
 
-    words = ["package", str(TINY_MIXTRAL), "--llmapi", "--alias", "chat", "--workspace", str(tmp_path)]
+    words = ["package", str(mixtral), "--llmapi", "--alias", "chat", "--workspace", str(tmp_path)]
     flags = ["--trtllm", "tp=2", "--trtllm", "max_num_tokens=512", "--trtllm", 'load_format="auto"']
     result = CliRunner().invoke(main, [*words, *flags])
     assert result.exit_code == 0, result.output
@@ -381,12 +388,12 @@ def test_command_line(tmp_path: Path) -> None:
         assert message in refused.output
 
 
-def test_flags_that_llmapi_does_not_read_are_refused_by_name(tmp_path: Path) -> None:
+def test_flags_that_llmapi_does_not_read_are_refused_by_name(tmp_path: Path, mixtral: Path) -> None:
     from click.testing import CliRunner
 
     from trtbuild.cli import main
 
-    words = ["package", str(TINY_MIXTRAL), "--llmapi", "--workspace", str(tmp_path)]
+    words = ["package", str(mixtral), "--llmapi", "--workspace", str(tmp_path)]
     others = ["--prefix", "a", "--engine-path", "/x", "--k8s", "k8s", "--max-queue", "256", "--no-check"]
     refused = CliRunner().invoke(main, [*words, *others])
     assert refused.exit_code == 3
@@ -403,12 +410,12 @@ def test_parameters_of_the_five_models_are_not_arguments_of_the_llm_api() -> Non
     assert (options.max_batch_size, options.decoupled, options.arguments) == (4, False, {"max_beam_width": 2})
 
 
-def test_a_replaced_model_is_named(tmp_path: Path) -> None:
+def test_a_replaced_model_is_named(tmp_path: Path, mixtral: Path) -> None:
     place, other = Workspace(tmp_path), export(tmp_path / "model", "fp8", "modelopt")
-    first = package_llmapi(place, TINY_MIXTRAL)
-    again = package_llmapi(place, TINY_MIXTRAL)
+    first = package_llmapi(place, mixtral)
+    again = package_llmapi(place, mixtral)
     assert not any("replaced" in note for note in (*first.notes, *again.notes))
-    assert any(f"replaced the model of that name over {TINY_MIXTRAL}" in n for n in package_llmapi(place, other).notes)
+    assert any(f"replaced the model of that name over {mixtral}" in n for n in package_llmapi(place, other).notes)
 
 
 @pytest.mark.parametrize(
