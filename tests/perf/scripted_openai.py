@@ -1,6 +1,9 @@
 """An OpenAI completions server with programmed delays, token ids as prompts.
 
-python scripted_openai.py '{"ttft_s": 0.2, "itl_s": 0.05, "log": FILE, "refuse_every": 0}'     prints its port
+python scripted_openai.py '{"ttft_s": 0.2, "spread_s": 0.1, "itl_s": 0.05, "log": FILE, "refuse_every": 0}'
+
+prints its port. Of first tokens within `spread_s` each request has its own: without, equal requests of a closed loop
+stay in step, and what is measured is how long a client takes to send so many at once.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-SCRIPT: dict[str, Any] = {"ttft_s": 0.0, "itl_s": 0.0, "log": None, "refuse_every": 0, **json.loads(sys.argv[1])}
+DEFAULTS = {"ttft_s": 0.0, "spread_s": 0.0, "itl_s": 0.0, "log": None, "refuse_every": 0}
+SCRIPT: dict[str, Any] = {**DEFAULTS, **json.loads(sys.argv[1])}
+# Multiples of it, modulo one, fill the interval evenly however many there are.
+GOLDEN_RATIO = 0.5 * 5**0.5 - 0.5
 app = FastAPI()
 count = 0
 
@@ -28,29 +34,30 @@ async def completions(request: Request) -> JSONResponse | StreamingResponse:
     global count  # noqa: PLW0603
     arrived, body = time.monotonic(), await request.json()
     count += 1
+    ttft_s = SCRIPT["ttft_s"] + SCRIPT["spread_s"] * (count * GOLDEN_RATIO % 1.0)
     if SCRIPT["log"] is not None:
         with Path(SCRIPT["log"]).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"arrived": arrived, "body": body}) + "\n")
+            log.write(json.dumps({"arrived": arrived, "ttft_s": ttft_s, "body": body}) + "\n")
     if SCRIPT["refuse_every"] and count % SCRIPT["refuse_every"] == 0:
         return JSONResponse({"error": {"message": "the queue is full"}}, status_code=429)
     usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
     usage["total_tokens"] = sum(usage.values())
     if not body.get("stream"):
-        await wait(arrived, body["max_tokens"] - 1)
+        await wait(arrived + ttft_s + (body["max_tokens"] - 1) * SCRIPT["itl_s"])
         return JSONResponse(envelope(" tok" * body["max_tokens"]) | {"usage": usage})
-    return StreamingResponse(events(arrived, body["max_tokens"], usage), media_type="text/event-stream")
+    return StreamingResponse(events(arrived + ttft_s, body["max_tokens"], usage), media_type="text/event-stream")
 
 
-async def events(arrived: float, num_tokens: int, usage: dict[str, int]) -> AsyncIterator[str]:
+async def events(first_at: float, num_tokens: int, usage: dict[str, int]) -> AsyncIterator[str]:
     for index in range(num_tokens):
-        await wait(arrived, index)
+        await wait(first_at + index * SCRIPT["itl_s"])
         yield f"data: {json.dumps(envelope(' tok'))}\n\n"
     yield f"data: {json.dumps({**envelope(''), 'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"
 
 
-async def wait(arrived: float, index: int) -> None:
-    await asyncio.sleep(max(0.0, arrived + SCRIPT["ttft_s"] + index * SCRIPT["itl_s"] - time.monotonic()))
+async def wait(due: float) -> None:
+    await asyncio.sleep(max(0.0, due - time.monotonic()))
 
 
 def envelope(text: str) -> dict[str, Any]:

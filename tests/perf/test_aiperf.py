@@ -17,8 +17,8 @@ from trtbuild.errors import Refused, TrtBuildError
 from trtbuild.perf import aiperf
 from trtbuild.perf.aiperf import AiperfDriver, find_aiperf, read_export, warm_up
 from trtbuild.perf.load import Due, Prompts
-from trtbuild.perf.records import Load, PointSpec, PromptLimits, Target
-from trtbuild.perf.statistics import figures_of
+from trtbuild.perf.records import Load, Measured, PointSpec, PromptLimits, Target
+from trtbuild.perf.statistics import Figures, figures_of
 
 LIMITS = PromptLimits(4096, 4000, 16, 1000, (0, 1, 2))
 SERVER = Path(__file__).with_name("scripted_openai.py")
@@ -76,36 +76,56 @@ def spec_of(load: Load, isl: int = 40, osl: int = 6, **fields: Any) -> PointSpec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "load", [*(Load("concurrency", n) for n in (1, 4, 16, 64)), Load("rate", 8.0, "poisson")], ids=Load.label
-)
-def test_known_latencies_are_measured_and_lengths_are_exact(openai: Start, tmp_path: Path, load: Load) -> None:
-    if (why := why_not_here()) is not None:
-        pytest.skip(why)
+@pytest.mark.parametrize("streams", [1, 4, 16, 64])
+def test_known_latencies_are_measured_within_two_percent(openai: Start, tmp_path: Path, streams: int) -> None:
+    """Delays are longer with more streams: AIPerf's processes need over 1 ms of the client's CPU per token."""
+    slower = 1 if streams <= 16 else 3
+    target, asked = openai(ttft_s=0.2 * slower, spread_s=0.1 * slower, itl_s=0.05 * slower)
+    spec = spec_of(Load("concurrency", streams), osl=16, num_requests=max(12, 4 * streams))
+    figures, measured = measure(spec, target, tmp_path)
+    seen = streamed(asked())
+    ttft_s = sum(one["ttft_s"] for one in seen) / len(seen)
+    cycle_s = ttft_s + 15 * 0.05 * slower
+    assert figures.metrics["ttft_s"]["mean"] == pytest.approx(ttft_s, rel=0.02)
+    assert figures.metrics["itl_s"]["mean"] == pytest.approx(0.05 * slower, rel=0.02)
+    assert figures.metrics["e2e_s"]["mean"] == pytest.approx(cycle_s, rel=0.02)
+    assert figures.throughput["output_tokens_per_s"]["mean"] == pytest.approx(16 * streams / cycle_s, rel=0.02)
+    check_requests(seen, measured, osl=16)
+
+
+@pytest.mark.slow
+def test_an_open_loop_arrives_as_it_is_due(openai: Start, tmp_path: Path) -> None:
     target, asked = openai(ttft_s=0.2, itl_s=0.05)
-    spec = spec_of(load, num_requests=max(12, 3 * int(load.value)))
-    measured = AiperfDriver().measure(spec, target, tmp_path / "raw")
-    figures = figures_of(spec, measured.records, measured.window)
-    assert (figures.num_errors, measured.why_invalid) == (0, None)
-    assert figures.num_requests >= spec.num_requests
+    figures, measured = measure(spec_of(Load("rate", 8.0, "poisson")), target, tmp_path)
     assert figures.metrics["ttft_s"]["p50"] == pytest.approx(0.2, rel=0.05)
     assert figures.metrics["itl_s"]["mean"] == pytest.approx(0.05, rel=0.02)
-    if load.kind == "concurrency":
-        # Of what is between two answers, AIPerf and HTTP take a share: the server is asked a little less often.
-        expected = load.value * 6 / figures.metrics["e2e_s"]["mean"]
-        assert figures.throughput["output_tokens_per_s"]["mean"] == pytest.approx(expected, rel=0.02)
-    seen = [one for one in asked() if one["body"].get("stream")]
-    assert {len(one["body"]["prompt"]) for one in seen} == {40}
-    assert {(one["body"]["max_tokens"], one["body"]["ignore_eos"]) for one in seen} == {(6, True)}
-    assert len({tuple(one["body"]["prompt"]) for one in seen}) == len(seen) == len(measured.records)
-    # Its times of day became our monotonic ones: a request arrived when it was sent.
-    late = sorted(s["arrived"] - r.start_s for s, r in zip(seen, sorted(measured.records, key=_start), strict=True))
-    assert -0.02 < late[len(late) // 2] < 0.05
+    check_requests(streamed(asked()), measured, osl=6)
     assert (tmp_path / "raw.aiperf.jsonl").is_file()
 
 
-def _start(record: Any) -> float:
-    return record.start_s
+def measure(spec: PointSpec, target: Target, directory: Path) -> tuple[Figures, Measured]:
+    if (why := why_not_here()) is not None:
+        pytest.skip(why)
+    measured = AiperfDriver().measure(spec, target, directory / "raw")
+    figures = figures_of(spec, measured.records, measured.window)
+    assert (figures.num_errors, measured.why_invalid) == (0, None)
+    assert figures.num_requests >= spec.num_requests
+    return figures, measured
+
+
+def streamed(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the warm-up's."""
+    return [one for one in asked if one["body"].get("stream")]
+
+
+def check_requests(seen: list[dict[str, Any]], measured: Measured, osl: int) -> None:
+    """Exact lengths, each prompt once; its times of day became our monotonic ones: requests arrived when sent."""
+    assert {len(one["body"]["prompt"]) for one in seen} == {40}
+    assert {(one["body"]["max_tokens"], one["body"]["ignore_eos"]) for one in seen} == {(osl, True)}
+    assert len({tuple(one["body"]["prompt"]) for one in seen}) == len(seen) == len(measured.records)
+    sent = sorted(record.start_s for record in measured.records)
+    late = sorted(one["arrived"] - start for one, start in zip(seen, sent, strict=True))
+    assert -0.02 < late[len(late) // 2] < 0.05
 
 
 def line(**metadata: Any) -> dict[str, Any]:
