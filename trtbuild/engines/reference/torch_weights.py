@@ -15,6 +15,7 @@ import torch
 from trtbuild.checkpoints.quantization import FP8_MAX, unpack_int4
 from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
+from trtbuild.engines.reference.products import product
 
 # A power of two that keeps products of stored values inside fp16's range; exact, so it changes no float32 result.
 FP8_UNIT = 2.0**-9
@@ -51,7 +52,7 @@ class TorchLinear:
         )
         assert weight is not None
         if output_scale is None:
-            y = x @ weight.transpose(-1, -2)
+            y = product(x, weight)
             return y if zero is None else y + _group_sums(x, zero.shape[-1]) @ zero.transpose(-1, -2)
         scaled, token_scale = x.float(), None
         if self.dynamic:
@@ -59,7 +60,7 @@ class TorchLinear:
             scaled = scaled / token_scale
         elif self.input_inverse is not None:
             scaled = scaled * self.input_inverse
-        y = ((to_fp8(scaled).to(weight.dtype) * FP8_UNIT) @ weight.transpose(-1, -2)).float()
+        y = product(to_fp8(scaled).to(weight.dtype) * FP8_UNIT, weight).float()
         y = y if token_scale is None else y * token_scale
         return (y * output_scale).to(x.dtype)
 
