@@ -184,7 +184,10 @@ def verify_options(command: F) -> F:
             "--executor", type=click.Choice(["auto", "reference", "tensorrt"]), default="auto", show_default=True,
             help="What answers for the engine.",
         ),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the source and the reference executor."),
+        click.option(
+            "--device", metavar="DEVICE",
+            help="Of the source and the reference executor: cpu, cuda or cuda:N.  [default: a GPU where torch has one]",
+        ),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

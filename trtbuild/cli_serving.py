@@ -14,6 +14,8 @@ from trtbuild.cli_options import json_option, workspace_option
 if TYPE_CHECKING:
     from trtbuild.triton_repo.kubernetes import Deployed
     from trtbuild.triton_repo.model_config import WorkerSettings
+    from trtbuild.triton_repo.serve import ServeOptions
+    from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions
     from trtbuild.workspace import Workspace
 
 _tritonserver_option = click.option(
@@ -250,13 +252,11 @@ def serve(
     reference executor (PyTorch) answers, through the same repository and interface. Of a TensorRT-LLM engine each rank
     gets a process of its own, started by MPI.
     """
-    from trtbuild.errors import Refused
     from trtbuild.progress import terminal_progress
     from trtbuild.triton_repo.installation import find_triton
-    from trtbuild.triton_repo.serve import ServeOptions, check_ports, models_to_load
+    from trtbuild.triton_repo.serve import ServeOptions, check_ports
     from trtbuild.triton_repo.serve import serve as run
     from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions
-    from trtbuild.triton_repo.tensorrt_llm.served_models import has_trtllm_models
     from trtbuild.triton_repo.triton_process import Ports
     from trtbuild.workspace import Workspace
 
@@ -275,20 +275,33 @@ def serve(
     launch = LaunchOptions(
         launcher or "mpirun", hostfile, multi_model, spawn=not disable_spawn_processes, arguments=launcher_arguments
     )
-    if has_trtllm_models(options.repository, models_to_load(options)):
-        from trtbuild.triton_repo.tensorrt_llm.serve_ranks import print_ranks, serve_ranks
+    if not _serves_ranks(options, launch, tritonserver, dry_run, wanted=launcher is not None):
+        run(options, find_triton(tritonserver), progress=terminal_progress)
 
+
+def _serves_ranks(
+    options: ServeOptions, launch: LaunchOptions, tritonserver: Path | None, dry_run: bool, *, wanted: bool
+) -> bool:
+    """Serve TensorRT-LLM's models, or print how; False where there are none, which `Refused` says if one asked."""
+    from trtbuild.errors import Refused
+    from trtbuild.progress import terminal_progress
+    from trtbuild.triton_repo.serve import models_to_load
+    from trtbuild.triton_repo.tensorrt_llm.launch import LaunchOptions
+    from trtbuild.triton_repo.tensorrt_llm.serve_ranks import print_ranks, serve_ranks
+    from trtbuild.triton_repo.tensorrt_llm.served_models import has_trtllm_models
+
+    if has_trtllm_models(options.repository, models_to_load(options)):
         if dry_run:
             print_ranks(options, launch, tritonserver)
         else:
             serve_ranks(options, launch, tritonserver, progress=terminal_progress)
-        return
-    if dry_run or launcher is not None or launch != LaunchOptions():
+        return True
+    if dry_run or wanted or launch != LaunchOptions():
         raise Refused(
             "--dry-run, --launcher, --launcher-arg, --hostfile, --multi-model and --disable-spawn-processes are for "
             f"TensorRT-LLM engines, and {options.repository} has none"
         )
-    run(options, find_triton(tritonserver), progress=terminal_progress)
+    return False
 
 
 def _flags(values: dict[str, Any]) -> tuple[str, ...]:

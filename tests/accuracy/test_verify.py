@@ -133,6 +133,8 @@ def test_what_cannot_be_compared_is_refused_before_any_work(
     assert run_verify(engine, "--max-ppl-increase", "two").exit_code == 2
     assert run_verify(engine, "--html", str(tmp_path / "no" / "page.html")).exit_code == 2
     assert run_verify(engine, "--min-top1", "1.5").exit_code == 3
+    device = run_verify(engine, "--device", "gpu")
+    assert (device.exit_code, "allowed are auto, cpu, cuda and cuda:N" in device.stderr) == (3, True)
     assert run_verify(engine, "--executor", "tensorrt").exit_code == 3
     assert Passport.open(engine).accuracy_state() == "none"
 

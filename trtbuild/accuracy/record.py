@@ -25,7 +25,7 @@ def environment(executor: str, why: str, device: str, builder: Mapping[str, str]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if executor == "tensorrt":
         versions[builder["name"]] = builder["version"]
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "trtbuild": trtbuild.__version__,
         "executor": executor, "executor_why": why, "tensorrt_has_run": executor == "tensorrt",

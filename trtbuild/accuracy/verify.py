@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +29,7 @@ from trtbuild.checkpoints.precision import CALIBRATED
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer
+from trtbuild.engines.calibration.devices import compute_device
 from trtbuild.engines.device.choice import choose_executor, examine_machine
 from trtbuild.engines.load import LoadedEngine, load_engine
 from trtbuild.engines.passport import Passport, write_accuracy
@@ -49,7 +50,8 @@ class VerifyOptions:
     golden: Path | None = None
     limits: dict[str, float] = field(default_factory=dict)
     executor: str = "auto"
-    device: Literal["cpu", "cuda"] | None = None
+    device: str = "auto"
+    """See `compute_device`."""
 
     @classmethod
     def from_flags(cls, **flags: Any) -> VerifyOptions:
@@ -104,7 +106,7 @@ class _Job:
     def prepare(cls, engine_dir: Path, options: VerifyOptions, sources: Path | None, progress: ProgressFactory) -> _Job:
         passport = Passport.open(engine_dir)
         passport.check_runnable()
-        device = _device(options.device)
+        device = compute_device(options.device)
         choose_executor(passport, options.executor, None, examine_machine(passport))
         tokenizer = load_tokenizer(passport.tokenizer_directory)
         longest = passport.limits.max_input_len or passport.limits.max_seq_len - 1
@@ -131,7 +133,7 @@ class _Job:
 
     def ask_executor(self, final: Sequence[torch.Tensor], progress: ProgressFactory) -> dict[str, Any]:
         """Everything that goes through the engine's executor."""
-        device = None if self.options.device is None else str(self.device)
+        device = None if self.options.device == "auto" else str(self.device)
         with progress(f"loading {self.passport.name}", 1):
             engine = load_engine(self.passport.directory, executor=self.options.executor, device=device)
         executor = WatchedExecutor(engine.executor)
@@ -239,11 +241,5 @@ def config_differences(engine: ModelConfig, source: ModelConfig) -> dict[str, tu
     return {name: (ours.get(name), value) for name, value in theirs.items() if ours.get(name) != value}
 
 
-def _device(wanted: str | None) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise Refused("--device cuda: torch sees no CUDA GPU; use --device cpu")
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

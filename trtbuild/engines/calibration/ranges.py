@@ -135,7 +135,8 @@ def _run_layer(
     counts: dict[str, torch.Tensor] = {}
 
     def observe(linear: Linear, expert: int | None, x: torch.Tensor) -> None:
-        largest = x.abs().max().float()
+        lowest, highest = x.aminmax()
+        largest = torch.maximum(-lowest, highest).float()
         # torch.maximum keeps a NaN, Python's max would lose it.
         amax[linear.global_name] = torch.maximum(amax.get(linear.global_name, largest), largest)
 

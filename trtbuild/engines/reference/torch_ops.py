@@ -16,6 +16,7 @@ from trtbuild.checkpoints.model_config import MoeConfig
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.engines.network.ops import HeadPart
 from trtbuild.engines.network.segments import Segment
+from trtbuild.engines.reference.products import attention
 from trtbuild.engines.reference.torch_weights import TorchLinear, TorchWeights
 
 Ranks = list[torch.Tensor]
@@ -255,7 +256,7 @@ def _attend(
     if num_tokens > 1:
         behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(oldest, end, device=query.device)
         mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return functional.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return attention(query, k, v, mask, scale)
 
 
 def _gated(up_and_gate: torch.Tensor) -> torch.Tensor:
