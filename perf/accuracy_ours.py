@@ -15,7 +15,7 @@ from accuracy_measure import measured, read_job, versions, write_result
 from transformers import AutoTokenizer  # noqa: F401  imports are not part of what is measured, and trtbuild's is late
 
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
-from trtbuild.engines.compile import Job, convert_model
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.reference.executor import ReferenceExecutor

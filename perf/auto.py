@@ -29,7 +29,7 @@ from accuracy_measure import versions
 from accuracy_table import mean_and_error
 
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
-from trtbuild.engines.compile import Job, convert_model
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.reference.executor import ReferenceExecutor

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from trtbuild.engines.compile import Job, compile_engine
+from trtbuild.engines.compile import compile_engine
 from trtbuild.engines.device.engine_ranks import load_tensorrt
 from trtbuild.engines.device.gpu import find_gpus
 from trtbuild.engines.executor import Executor
+from trtbuild.engines.job import Job
 from trtbuild.engines.load import load_engine
 from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import TrtBuildError

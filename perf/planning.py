@@ -43,7 +43,7 @@ def convert(model: str, workspace: str, precision: str) -> dict[str, float]:
     """Source bytes a second with one worker; fp8 with made-up activation ranges, so without calibration."""
     from trtbuild.checkpoints.convert import ActivationRange, Calibration
     from trtbuild.checkpoints.convert import convert as run
-    from trtbuild.engines.compile import Job
+    from trtbuild.engines.job import Job
     from trtbuild.engines.recipe import Recipe
 
     job = Job.resolve(Recipe.create(model=model, precision=precision, tp=2))
@@ -58,7 +58,7 @@ def calibrate(model: str, workspace: str, precision: str) -> dict[str, float]:
     """Operations in a second of one core of the matrix multiplies in calibration."""
     from trtbuild.engines.calibration.ranges import calibrate as run
     from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH, CalibrationText
-    from trtbuild.engines.compile import Job
+    from trtbuild.engines.job import Job
     from trtbuild.engines.recipe import Recipe
     from trtbuild.planning.model_size import count_parameters
 
@@ -70,7 +70,8 @@ def calibrate(model: str, workspace: str, precision: str) -> dict[str, float]:
 
 def compile_plans(model: str, workspace: str, precision: str) -> dict[str, float]:
     """One worker; without weights for a known name, with embedded ones for a directory."""
-    from trtbuild.engines.compile import Job, compile_engine
+    from trtbuild.engines.compile import compile_engine
+    from trtbuild.engines.job import Job
     from trtbuild.engines.recipe import Recipe
     from trtbuild.workspace import Workspace
 

@@ -31,7 +31,8 @@ PRECISIONS = ["bf16", "int8", "fp8", "fp8-dynamic", "int4", "int4-gptq"]
 
 def compiled(model: str, precision: str, max_seq_len: int | None, workspace: Path) -> str:
     """The engine's name."""
-    from trtbuild.engines.compile import Job, compile_engine
+    from trtbuild.engines.compile import compile_engine
+    from trtbuild.engines.job import Job
     from trtbuild.engines.recipe import Recipe
     from trtbuild.workspace import Workspace
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from trtbuild.checkpoints.rank_tensors import RankPlan
-from trtbuild.engines.compile import Job, compile_engine
+from trtbuild.engines.compile import compile_engine
+from trtbuild.engines.job import Job
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt.bindings import Binding
 from trtbuild.engines.tensorrt.plan_record import PlanRecord, ServedSegment

@@ -73,7 +73,7 @@ def doctor(as_json: bool) -> None:
 def plan(model: str, gpu: str | None, num_gpus: int | None, workers: int | None, as_json: bool, **flags: Any) -> None:
     """What an engine would take and reach, on every GPU; builds nothing, downloads no weights."""
     from trtbuild.checkpoints.convert import default_workers
-    from trtbuild.engines.compile import Job
+    from trtbuild.engines.job import Job
     from trtbuild.planning.plan import make_plan
     from trtbuild.planning.report import print_plan
 
@@ -106,7 +106,7 @@ def convert(
     **flags: Any,
 ) -> None:
     """Convert a checkpoint into a rank checkpoint in build/NAME."""
-    from trtbuild.engines.compile import Job, convert_model
+    from trtbuild.engines.job import Job, convert_model
     from trtbuild.pools import open_pool
     from trtbuild.progress import terminal_progress
     from trtbuild.report import print_conversion
@@ -148,7 +148,7 @@ def compile(
     **flags: Any,
 ) -> None:
     """Convert a checkpoint, and build the TensorRT engine in engines/NAME."""
-    from trtbuild.engines.compile import Job
+    from trtbuild.engines.job import Job
     from trtbuild.planning.watched_compile import compile_watched
     from trtbuild.pools import open_pool
     from trtbuild.progress import terminal_progress
@@ -170,7 +170,7 @@ def compile(
 
 
 def _print_dry_run(recipe: Any, as_json: bool) -> None:
-    from trtbuild.engines.compile import Job
+    from trtbuild.engines.job import Job
     from trtbuild.engines.tensorrt_llm.builder import TrtllmJob
     from trtbuild.engines.tensorrt_llm.dry_run import dry_run, dry_run_facts
 

@@ -85,7 +85,7 @@ def export(
 def _convert(
     place: Workspace, model: str, flags: dict[str, Any], workers: int | None, device: str
 ) -> tuple[RankCheckpoint, Path]:
-    from trtbuild.engines.compile import Job, convert_model
+    from trtbuild.engines.job import Job, convert_model
     from trtbuild.engines.recipe import Recipe
     from trtbuild.progress import terminal_progress
 

@@ -15,7 +15,8 @@ from engine_without_plans import no_plans
 from safetensors.torch import load_file, save_file
 
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, rank_file
-from trtbuild.engines.compile import Job, compile_engine
+from trtbuild.engines.compile import compile_engine
+from trtbuild.engines.job import Job
 from trtbuild.engines.passport import PASSPORT, Passport, file_digests
 from trtbuild.engines.recipe import Recipe
 from trtbuild.workspace import Workspace

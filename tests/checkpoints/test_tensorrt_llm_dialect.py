@@ -20,7 +20,7 @@ from safetensors import safe_open
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.source import CheckpointSource
-from trtbuild.engines.compile import Job, convert_model
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt_llm.fit import for_tensorrt_llm
 from trtbuild.errors import Refused

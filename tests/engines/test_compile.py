@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from helpers import TINY_MIXTRAL, TINY_QWEN2, make_checkpoint
 
 from trtbuild.cli import main
-from trtbuild.engines.compile import CompileReport, Job, compile_engine
+from trtbuild.engines.compile import CompileReport, compile_engine
 from trtbuild.engines.device import choice, engine_ranks
 from trtbuild.engines.device.engine_ranks import WarmReport
+from trtbuild.engines.job import Job
 from trtbuild.engines.load import load_engine
 from trtbuild.engines.passport import Passport
 from trtbuild.engines.recipe import Recipe

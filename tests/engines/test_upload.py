@@ -16,7 +16,8 @@ from helpers import TINY_QWEN2
 
 from trtbuild.checkpoints.content import Digest
 from trtbuild.cli import main
-from trtbuild.engines.compile import Job, compile_engine
+from trtbuild.engines.compile import compile_engine
+from trtbuild.engines.job import Job
 from trtbuild.engines.load import load_engine
 from trtbuild.engines.passport import Passport
 from trtbuild.engines.recipe import Recipe

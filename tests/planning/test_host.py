@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import TESTS, TINY_MIXTRAL, TINY_QWEN2
 
-from trtbuild.engines.compile import Job, convert_model
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.recipe import Recipe
 from trtbuild.planning.host import CONVERT_RATE, CPU_OPS, PROCESS_BYTES, HostForecaster, check_host
 from trtbuild.workspace import Workspace

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import Refused
 from trtbuild.planning.plan import EnginePlan, make_plan

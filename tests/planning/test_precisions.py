@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from trtbuild.checkpoints.precision import LinearForm, Precision, PrecisionName
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import Refused
 from trtbuild.planning.plan import EnginePlan, make_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.recipe import Recipe
 from trtbuild.planning.gpus import GPUS, gpu_named
 from trtbuild.planning.model_size import measure_rank

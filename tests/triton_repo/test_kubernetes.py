@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from custom_resources import LEADER_WORKER_SET, SERVICE_MONITOR
 
 from trtbuild.cli import main
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.passport import FORMAT_VERSION, Passport
 from trtbuild.engines.recipe import Recipe
 from trtbuild.errors import Refused

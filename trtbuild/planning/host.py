@@ -18,7 +18,7 @@ from trtbuild.checkpoints.precision import CALIBRATED
 from trtbuild.checkpoints.safetensors_file import layout_header
 from trtbuild.checkpoints.source_tensors import expected_shapes
 from trtbuild.engines.calibration.text import NUM_SEQUENCES, SEQUENCE_LENGTH
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.network.segments import moe_of
 from trtbuild.engines.precision_choice import needs_text
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, PlanTask, plan_tasks

@@ -8,7 +8,7 @@ from typing import Any
 
 from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
 from trtbuild.containers import Installed
-from trtbuild.engines.compile import Job
+from trtbuild.engines.job import Job
 from trtbuild.engines.tensorrt.targets import formats_of
 from trtbuild.engines.tensorrt_llm.builder import TrtllmJob
 from trtbuild.engines.tensorrt_llm.machine import BuildMachine, gpu_problems

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trtbuild.checkpoints.convert import default_workers
-from trtbuild.engines.compile import CompileReport, Job, compile_engine
+from trtbuild.engines.compile import CompileReport, compile_engine
+from trtbuild.engines.job import Job
 from trtbuild.engines.tensorrt_llm.builder import compile_trtllm
 from trtbuild.planning.host import HostForecaster, Range, check_host
 from trtbuild.planning.peak_memory import PeakMemory

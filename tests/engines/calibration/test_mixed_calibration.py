@@ -27,7 +27,7 @@ from trtbuild.engines.calibration import layers, prepare, sensitivity
 from trtbuild.engines.calibration.layer_quantizer import LayerQuantizer
 from trtbuild.engines.calibration.prepare import prepare_once
 from trtbuild.engines.calibration.text import CalibrationText, calibration_tokens
-from trtbuild.engines.compile import Job, convert_model
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.reference.executor import ReferenceExecutor

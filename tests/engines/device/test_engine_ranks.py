@@ -20,8 +20,9 @@ from fake_tensorrt import GPU, FakeDevice, FakeTensorRT
 
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
 from trtbuild.cli import main
-from trtbuild.engines.compile import Job, compile_engine
+from trtbuild.engines.compile import compile_engine
 from trtbuild.engines.device import choice, engine_ranks, gpu
+from trtbuild.engines.job import Job
 from trtbuild.engines.load import cache_bytes_per_token, load_engine
 from trtbuild.engines.passport import Passport
 from trtbuild.engines.recipe import Recipe

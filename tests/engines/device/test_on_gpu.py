@@ -30,7 +30,8 @@ COSINE = {"fp16": 0.999, "int4": 0.995, "fp8": 0.97}
 
 @pytest.mark.parametrize("precision", COSINE)
 def test_logits_equal_the_reference(tmp_path: Path, precision: str) -> None:
-    from trtbuild.engines.compile import Job, compile_engine
+    from trtbuild.engines.compile import compile_engine
+    from trtbuild.engines.job import Job
     from trtbuild.engines.load import load_engine
     from trtbuild.engines.recipe import Recipe
     from trtbuild.workspace import Workspace

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from trtbuild.containers import Installed
-from trtbuild.engines.compile import CompileReport, Job, convert_model
+from trtbuild.engines.compile import CompileReport
 from trtbuild.engines.device.gpu import Gpu
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.passport import Passport
 from trtbuild.engines.recipe import Recipe
 from trtbuild.engines.tensorrt_llm.builder import TrtllmJob, compile_trtllm

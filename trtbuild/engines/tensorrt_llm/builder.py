@@ -11,7 +11,8 @@ from typing import Any
 
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint, weights_digest
 from trtbuild.checkpoints.tensorrt_llm_config import quantization_section
-from trtbuild.engines.compile import CompileReport, Job, common_passport, convert_model, copy_companions
+from trtbuild.engines.compile import CompileReport, common_passport, copy_companions
+from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.passport import PASSPORT, Passport, file_digests
 from trtbuild.engines.tensorrt_llm.engine_config import TrtllmEngine
 from trtbuild.engines.tensorrt_llm.flags import Facts, FlagValue, derive, problems
