@@ -15,7 +15,7 @@ from engine_without_plans import make_engine
 from perf_points import ENVIRONMENT, make_point, make_sweep, write_run
 
 from trtbuild.cli import main
-from trtbuild.engines.passport import Passport, verified_digest
+from trtbuild.engines.passport import Passport, verified_digest, write_accuracy
 from trtbuild.errors import Refused
 from trtbuild.perf.ceiling import Ceilings, gpu_of
 from trtbuild.perf.chromium import find_chromium, open_page, screenshot
@@ -157,6 +157,24 @@ def test_an_engine_that_was_built_again_has_no_roofline(tmp_path: Path) -> None:
     ceilings = Ceilings(tmp_path / "engines")
     assert ceilings.row(on_gpu("tiny")) == {}
     assert list(ceilings.notes) == ["tiny was built again since it was measured"]
+
+
+def test_what_verify_found_after_the_sweep_is_in_the_report(tmp_path: Path) -> None:
+    directory = make_engine(tmp_path, "tiny", model=TINY_QWEN2, precision="bf16")
+    engine = {"name": "tiny", "digest": verified_digest(Passport.open(directory).data), "accuracy": None}
+    other = replace(make_point("tiny", 4), engine={**engine, "digest": "before it was built again"})
+    run = write_run(tmp_path / "run", [replace(make_point("tiny"), engine=engine), other])
+
+    def report() -> tuple[list[str], int]:
+        written = write_report([run], run, tmp_path / "engines", pictures=False)
+        rows = csv.DictReader(written.table.read_text().splitlines())
+        missing = sum(note.startswith("no accuracy of tiny: trtbuild verify tiny") for note in written.notes)
+        return [row.get("ppl_increase_percent", "") for row in rows], missing
+
+    assert report() == (["", ""], 1)
+    text = {"name": "bundled", "ppl_increase": 0.012, "mean_kl": 0.01, "top1": 0.96}
+    write_accuracy(Passport.open(directory), {"passed": True, "texts": [text]})
+    assert report() == (["1.2", ""], 1)
 
 
 def test_refusals(tmp_path: Path) -> None:

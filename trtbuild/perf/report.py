@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trtbuild.engines.passport import Passport
 from trtbuild.errors import Refused, TrtBuildError
 from trtbuild.perf.ceiling import Ceilings, add_ceilings
 from trtbuild.perf.chromium import find_chromium, open_page
+from trtbuild.perf.measure import engine_facts
+from trtbuild.perf.records import Point
 from trtbuild.perf.report_html import ReportRun, render
 from trtbuild.perf.report_rows import make_rows, to_csv
 from trtbuild.perf.report_telemetry import read_telemetry
@@ -35,11 +39,11 @@ class Written:
 
 
 def write_report(runs: Sequence[Path], output: Path, engines: Path, *, pictures: bool = True) -> Written:
-    """Of run directories, into `output`; `engines` is the workspace's engines/, for the roofline.
+    """Of run directories, into `output`; `engines` is the workspace's engines/, for the roofline and for accuracy.
 
     Raises `Refused` for runs without points, or with a name twice.
     """
-    read = [read_run(directory) for directory in runs]
+    read = [read_run(directory, engines) for directory in runs]
     names = [run.name for run in read]
     if len(set(names)) != len(names):
         raise Refused(f"runs {', '.join(names)}: a name is there twice; rename one of the directories")
@@ -50,17 +54,38 @@ def write_report(runs: Sequence[Path], output: Path, engines: Path, *, pictures:
     write_atomic(table, to_csv(rows).encode())
     write_atomic(page, render(read, rows, ceilings).encode())
     files, why = write_pictures(page) if pictures else ([], "no PNGs: --no-png")
-    notes = [*(f"no roofline: {note}" for note in ceilings), *([why] if why else [])]
+    notes = [*_unverified(read), *(f"no roofline: {note}" for note in ceilings), *([why] if why else [])]
     return Written(page, table, files, notes)
 
 
-def read_run(directory: Path) -> ReportRun:
+def read_run(directory: Path, engines: Path) -> ReportRun:
     """Everything of a run directory that the page shows."""
     run = RunDirectory.open(directory)
-    points = run.points()
+    points = _verified_since(run.points(), engines)
     if not points:
         raise Refused(f"{directory}: no point is measured yet; trtbuild perf sweep measures them")
     return ReportRun(run.name, points, _sweep_facts(directory), read_telemetry(directory / TELEMETRY, points))
+
+
+def _verified_since(points: Sequence[Point], engines: Path) -> list[Point]:
+    """With what `trtbuild verify` found after points were measured, if the engine in `engines` has the same content."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in {point.spec.engine for point in points if point.engine.get("accuracy") is None}:
+        with contextlib.suppress(TrtBuildError):
+            found[name] = engine_facts(Passport.open(engines / name))
+    return [
+        replace(point, engine={**point.engine, "accuracy": found[point.spec.engine]["accuracy"]})
+        if point.engine.get("accuracy") is None
+        and found.get(point.spec.engine, {}).get("digest") == point.engine.get("digest") is not None
+        else point
+        for point in points
+    ]
+
+
+def _unverified(runs: Sequence[ReportRun]) -> list[str]:
+    points = [point for run in runs for point in run.points]
+    names = sorted({point.spec.engine for point in points if point.engine.get("accuracy") is None})
+    return [f"no accuracy of {name}: trtbuild verify {name} measures it, then make the report again" for name in names]
 
 
 def _sweep_facts(directory: Path) -> Mapping[str, Any]:
