@@ -14,6 +14,7 @@ from helpers import hf_config, hf_shapes, save_checkpoint
 from safetensors.torch import load_file
 
 from trtbuild.checkpoints.convert import ActivationRange, Calibration, convert
+from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precision
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
@@ -94,6 +95,16 @@ def exported(folder: Path, case: Case, scheme: SchemeName | None = None) -> Path
     directory = folder / "export"
     export_checkpoint(checkpoint, Companions((source,)), directory, scheme or case.scheme)
     return directory
+
+
+def keep(directory: Path, target: Path, layout: Layout) -> RankCheckpoint:
+    """Convert an export as one converts any quantized checkpoint."""
+    source = CheckpointSource.open(str(directory))
+    precision = kept_precision(source, source.config.dtype)
+    plans = [plan_rank(source.config, rank, precision) for rank in layout.ranks()]
+    return convert(
+        source, target, layout, precision, calibration=Calibration({}, lambda: activation_ranges(source, plans))
+    )
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:

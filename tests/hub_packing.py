@@ -18,6 +18,8 @@ from helpers import hf_config, random_weights, save_checkpoint
 from safetensors.torch import load_file
 
 TOOL_MADE = Path(__file__).parent / "checkpoints" / "tiny-quantized"
+TOOLS = sorted(directory.name for directory in TOOL_MADE.iterdir() if directory.is_dir())
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
 AWQ_NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]
 Tensors = dict[str, torch.Tensor]
 
@@ -170,3 +172,7 @@ def quantize_checkpoint(
         weights |= pack(module, made[module])
     save_checkpoint(directory, config | {"quantization_config": options}, weights)
     return made
+
+
+def gptq_checkpoint(directory: Path, **changes: Any) -> dict[str, Codes]:
+    return quantize_checkpoint(directory, {**GPTQ, **changes}, pack_gptq, lambda shape, _: random_codes(shape, 16, 1))

@@ -1,13 +1,15 @@
-"""A packaged engine, and `trtbuild serve` over it, with a real Triton."""
+"""A packaged engine, and `trtbuild serve` over it, with a real Triton; a model to package."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from engine_without_plans import make_engine
+from helpers import TINY_MIXTRAL
 from served import SLOW_STEPS, Service
 
 from trtbuild.errors import Refused
@@ -35,6 +37,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, importable_loader: None)
     folder = tmp_path_factory.mktemp("workspace")
     make_engine(folder, "mixtral", model="tiny-mixtral", precision="fp8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: a hard link changes the file's ctime, by which other tests would see the bundled one as touched."""
+    return Path(shutil.copytree(TINY_MIXTRAL, tmp_path_factory.mktemp("hf") / "tiny-mixtral"))
 
 
 @pytest.fixture(scope="session")
