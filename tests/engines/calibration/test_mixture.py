@@ -62,6 +62,19 @@ def test_more_bytes_never_cost_more() -> None:
     assert all(after <= before * 1.2 for before, after in itertools.pairwise(losses))
 
 
+@pytest.mark.parametrize(("loss", "expected"), [(0.9, "int8"), (0.6, "mixed")])
+def test_a_layer_is_traded_down_only_for_a_quarter_of_the_loss(loss: float, expected: str) -> None:
+    """Two layers at uniform int8's bytes: int4 and 16 bit together would lose `loss` of what int8 loses."""
+    sizes: Sizes = {"small": {"int4": 4, "int8": 8, "bf16": 16}, "large": {"int4": 8, "int8": 16, "bf16": 32}}
+    costs: Sensitivity = {
+        "small": {"int4": 9.0, "int8": 0.5 + 0.5 - loss / 2},
+        "large": {"int4": loss, "int8": loss / 2},
+    }
+    assert total(costs, dict.fromkeys(sizes, "int8")) == pytest.approx(1.0)
+    chosen = choose(sizes, costs, room=24)
+    assert chosen == ({"small": "bf16", "large": "int4"} if expected == "mixed" else dict.fromkeys(sizes, "int8"))
+
+
 def test_as_few_bytes_as_the_loss_allows() -> None:
     sizes, costs = random_problem(5)
     all_int4 = total(costs, dict.fromkeys(sizes, "int4"))

@@ -3,6 +3,9 @@
 Each layer's formats are points (bytes, cost). Of those on the lower convex hull, the steps from a smaller format to a
 larger one are taken in the order of what they gain for a byte: the optimum of the relaxed problem, which whole
 steps miss by less than one step.
+
+Costs are estimates: on Qwen2.5-Coder 0.5B a mixture that promised 13 % less than uniform int8 in the same bytes lost
+5 % more. One that rounds some layers more than a uniform format does, to pay for others, must promise a quarter less.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from trtbuild.checkpoints.precision import FormatName
 from trtbuild.engines.calibration.sensitivity import Sensitivity, total
 from trtbuild.errors import Refused
 from trtbuild.units import format_bytes
+
+_MIN_PROMISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -94,4 +99,19 @@ def choose(
             f"--max-loss: {cost:.4g} nats a token are lost in the given bytes, {max_cost:.4g} are allowed; "
             "give a larger --budget, or allow more"
         )
-    return chosen
+    return chosen if room is None or max_cost is not None else _worth_it(chosen, sizes, sensitivity, room)
+
+
+def _worth_it(
+    chosen: dict[str, FormatName], sizes: Mapping[str, Mapping[FormatName, int]], sensitivity: Sensitivity, room: int
+) -> dict[str, FormatName]:
+    """`chosen`, or the best uniform format in `room` where `chosen` goes below it in places and promises little."""
+    uniforms = [
+        dict.fromkeys(sizes, name)
+        for name in sorted(set.intersection(*(set(by_format) for by_format in sizes.values())))
+        if sum(by_format[name] for by_format in sizes.values()) <= room
+    ]
+    best = min(uniforms, key=lambda uniform: total(sensitivity, uniform), default=chosen)
+    goes_below = any(sizes[linear][chosen[linear]] < sizes[linear][name] for linear, name in best.items())
+    promise = total(sensitivity, best) - total(sensitivity, chosen)
+    return best if goes_below and promise < _MIN_PROMISE * total(sensitivity, best) else chosen
