@@ -106,12 +106,19 @@ def _worth_it(
     chosen: dict[str, FormatName], sizes: Mapping[str, Mapping[FormatName, int]], sensitivity: Sensitivity, room: int
 ) -> dict[str, FormatName]:
     """`chosen`, or the best uniform format in `room` where `chosen` goes below it in places and promises little."""
-    uniforms = [
-        dict.fromkeys(sizes, name)
-        for name in sorted(set.intersection(*(set(by_format) for by_format in sizes.values())))
-        if sum(by_format[name] for by_format in sizes.values()) <= room
+    fitting: list[FormatName] = [
+        name
+        for name in next(iter(sizes.values()))
+        if all(name in by_format for by_format in sizes.values())
+        and sum(by_format[name] for by_format in sizes.values()) <= room
     ]
-    best = min(uniforms, key=lambda uniform: total(sensitivity, uniform), default=chosen)
-    goes_below = any(sizes[linear][chosen[linear]] < sizes[linear][name] for linear, name in best.items())
-    promise = total(sensitivity, best) - total(sensitivity, chosen)
-    return best if goes_below and promise < _MIN_PROMISE * total(sensitivity, best) else chosen
+    if not fitting:
+        return chosen
+    uniforms: dict[FormatName, float] = {
+        name: sum(sensitivity[linear].get(name, 0.0) for linear in sizes) for name in fitting
+    }
+    best = min(fitting, key=uniforms.__getitem__)
+    goes_below = any(sizes[linear][name] < sizes[linear][best] for linear, name in chosen.items())
+    if goes_below and uniforms[best] - total(sensitivity, chosen) < _MIN_PROMISE * uniforms[best]:
+        return {linear: best for linear in chosen}  # noqa: C420  fromkeys loses the literal type
+    return chosen
