@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +25,16 @@ from trtbuild.triton_repo.triton_process import Ports
 
 TP2 = {"tensorrt_llm": {"layout": Layout(tp=2, moe_tp=2)}}
 TIMEOUT_S = 30.0
+
+
+def free_ports(num_ranks: int = 8) -> Ports:
+    """Three for each rank, which takes those after the rank's before; below the ones that the kernel hands out."""
+    for first in random.sample(range(10_000, 32_000, 3 * num_ranks), 100):
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(first, first + 3 * num_ranks):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return Ports(first, first + 1, first + 2)
+    raise AssertionError("no ports in a row are free")
 
 
 class Ranks:
@@ -45,7 +58,7 @@ class Ranks:
             # Not a link: Open MPI finds its own files beside its program.
             (folder / "bin" / "mpirun").write_text(f'#!/bin/sh\nexec {mpirun} "$@"\n')
             (folder / "bin" / "mpirun").chmod(0o755)
-        self.ports = ports = Ports.free()
+        self.ports = ports = free_ports()
         self.log = folder / "serve.log"
         command = [
             sys.executable, "-m", "trtbuild", "serve", "--repository", str(repository), "--tritonserver", str(server),
