@@ -22,7 +22,6 @@ OPTIONS = {"loader": "fake_executor:load_fake", "threads": 1, "slots": None}
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sockets of its own; what still runs at the end is ended."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])]))
     monkeypatch.setattr(shared, "LINGER_S", 1.0)
     monkeypatch.setattr(shared, "_runtime_directory", lambda: tmp_path)
     yield

@@ -29,7 +29,6 @@ MIB = 2**20
 
 def test_products_of_many_shapes_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a bound each new length costs 0.5 MiB where oneDNN computes bfloat16 (x86 with AVX512, Arm)."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])]))
     for name in worker.SHAPE_CACHES:
         monkeypatch.delenv(name, raising=False)
     loader = "fake_executor:load_products"

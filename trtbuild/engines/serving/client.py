@@ -34,8 +34,8 @@ class TokenStream(Iterator[TokenEvent]):
         self._done = False
 
     def __next__(self) -> TokenEvent:
-        """Raises `Refused` for a bad request, `Unavailable` where the queue is full or the worker stops,
-        `DeadlineExceeded` after `deadline_s`, and `TrtBuildError` where the worker failed or is gone.
+        """Raises `Refused` for a bad request; `Unavailable` where the queue is full, or the worker stops or was gone
+        before the request came; `DeadlineExceeded` after `deadline_s`; `TrtBuildError` where the worker failed.
         """
         if self._done:
             raise StopIteration
@@ -92,6 +92,7 @@ class WorkerClient:
         self._on_lost = on_lost
         self._path = socket_path
         self._pending: dict[str, Deliver] = {}
+        self._unsent: set[str] = set()
         self._lost: dict[str, Any] | None = None
         # Reentrant: a dropped stream may be collected, and cancelled, while this thread holds it.
         self._lock = threading.RLock()
@@ -196,14 +197,19 @@ class WorkerClient:
             if self._lost is not None:
                 raise protocol.exception_of(self._lost)
             self._pending[request_id] = deliver
-        self._write({**message, "id": request_id})
+            if not self._write({**message, "id": request_id}):
+                self._unsent.add(request_id)
         return request_id
 
-    def _write(self, message: dict[str, Any]) -> None:
+    def _write(self, message: dict[str, Any]) -> bool:
+        """Whether the other end was there; where not, the reader sees the same and tells every stream why."""
         line = protocol.encode(message)
-        # An error here: the reader sees the same end of the connection and tells every stream why.
-        with self._lock, contextlib.suppress(OSError):
-            self._socket.sendall(line)
+        with self._lock:
+            try:
+                self._socket.sendall(line)
+            except OSError:
+                return False
+        return True
 
     def _read_hello(self) -> dict[str, Any]:
         line = self._lines.readline()
@@ -238,16 +244,16 @@ class WorkerClient:
 
     def _lose(self, why: str | None) -> None:
         with self._lock:
-            waiting, self._pending = list(self._pending.values()), {}
+            waiting, self._pending = self._pending, {}
             if why is None and not self._closing and self._describe_end is not None:
                 why = self._describe_end()
-            self._lost = protocol.error_message(
-                None, "failed", f"the connection to the engine worker is lost: {why or 'it closed the connection'}"
-            )
-        for deliver in waiting:
-            deliver(self._lost)
+            message = f"the connection to the engine worker is lost: {why or 'it closed the connection'}"
+            self._lost = protocol.error_message(None, "unavailable", message)
+        for request_id, deliver in waiting.items():
+            # A request that the worker may have read is not one to send again unasked: it may be what ended it.
+            deliver(self._lost if request_id in self._unsent else {**self._lost, "kind": "failed"})
         if self._on_lost is not None and not self._closing:
-            self._on_lost(self._lost["message"])
+            self._on_lost(message)
 
 
 def _prompt_field(prompt: Prompt) -> dict[str, Any]:
