@@ -36,29 +36,40 @@ def test_killed_worker_is_an_error_within_two_seconds() -> None:
             worker.connect()
 
 
-def test_request_that_comes_after_the_end_is_unavailable() -> None:
-    """While this side has not yet read that the worker is gone: nothing can have been done, it may be sent again."""
-    first: list[dict[str, Any]] = []
-    late: list[dict[str, Any]] = []
+def test_request_that_the_worker_never_read_is_unavailable() -> None:
+    """Nothing can have been done, and it cannot be what ended the worker: it may be sent again."""
+    with start() as worker, worker.connect() as client:
+        running = client.generate([5], LONG)
+        next(running)
+        worker.process.send_signal(signal.SIGSTOP)
+        unread = client.generate([6], LONG)
+        worker.process.kill()
+        with pytest.raises(Unavailable, match="killed by SIGKILL"):
+            list(unread)
+        with pytest.raises(TrtBuildError, match="killed by SIGKILL") as raised:
+            list(running)
+        assert type(raised.value) is TrtBuildError
+
+
+def test_request_after_the_end_is_unavailable_though_this_side_has_not_read_of_it() -> None:
+    kinds: list[str | None] = []
     may_read = threading.Event()
 
     def hold_up(message: dict[str, Any]) -> None:
-        first.append(message)
+        kinds.append(message.get("kind"))
         may_read.wait()
 
     with start() as worker, worker.connect() as client:
         client.submit([5], LONG, hold_up)
-        while not first:
+        while not kinds:
             time.sleep(0.01)
         worker.process.kill()
         worker.process.wait()
-        client.submit([6], LONG, late.append)
+        late = client.generate([6], LONG)
         may_read.set()
-        deadline = time.monotonic() + 5
-        while not late:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert (first[-1]["kind"], late[0]["kind"]) == ("failed", "unavailable")
+        with pytest.raises(Unavailable, match="killed by SIGKILL"):
+            list(late)
+        assert kinds[-1] == "failed"
 
 
 def test_executor_failure_is_told_to_every_request_and_ends_the_worker() -> None:

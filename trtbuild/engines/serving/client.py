@@ -92,7 +92,8 @@ class WorkerClient:
         self._on_lost = on_lost
         self._path = socket_path
         self._pending: dict[str, Deliver] = {}
-        self._unsent: set[str] = set()
+        self._unread: set[str] = set()
+        self._last_sent: str | None = None
         self._lost: dict[str, Any] | None = None
         # Reentrant: a dropped stream may be collected, and cancelled, while this thread holds it.
         self._lock = threading.RLock()
@@ -198,13 +199,15 @@ class WorkerClient:
                 raise protocol.exception_of(self._lost)
             self._pending[request_id] = deliver
             if not self._write({**message, "id": request_id}):
-                self._unsent.add(request_id)
+                self._unread.add(request_id)
+            self._last_sent = request_id
         return request_id
 
     def _write(self, message: dict[str, Any]) -> bool:
         """Whether the other end was there; where not, the reader sees the same and tells every stream why."""
         line = protocol.encode(message)
         with self._lock:
+            self._last_sent = None
             try:
                 self._socket.sendall(line)
             except OSError:
@@ -238,6 +241,10 @@ class WorkerClient:
                     self._pending.pop(message["id"], None)
                 if deliver is not None:
                     deliver(message)
+        except ConnectionResetError:
+            # Linux says so where the other end was closed with something unread: at least what was sent last.
+            if self._last_sent is not None:
+                self._unread.add(self._last_sent)
         except OSError as error:
             why = str(error)
         self._lose(why)
@@ -251,7 +258,7 @@ class WorkerClient:
             self._lost = protocol.error_message(None, "unavailable", message)
         for request_id, deliver in waiting.items():
             # A request that the worker may have read is not one to send again unasked: it may be what ended it.
-            deliver(self._lost if request_id in self._unsent else {**self._lost, "kind": "failed"})
+            deliver(self._lost if request_id in self._unread else {**self._lost, "kind": "failed"})
         if self._on_lost is not None and not self._closing:
             self._on_lost(message)
 
