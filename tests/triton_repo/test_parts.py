@@ -16,7 +16,7 @@ import pytest
 from trtbuild.errors import Refused, TrtBuildError, Unavailable
 from trtbuild.triton_repo import installation, worker_link
 from trtbuild.triton_repo.answers import Answer
-from trtbuild.triton_repo.engine_metrics import EngineMetrics
+from trtbuild.triton_repo.engine_metrics import EngineMetrics, MetricsTurn
 from trtbuild.triton_repo.requests import Generation, ParsedRequest
 from trtbuild.triton_repo.stub_processes import find_dead, mark_alive, worker_group
 from trtbuild.triton_repo.worker_link import WorkerLink
@@ -115,6 +115,15 @@ def test_counters_go_on_over_a_restarted_worker() -> None:
         3.5,
         3,
     )
+
+
+def test_metrics_belong_to_one_process_at_a_time(tmp_path: Path) -> None:
+    """The same metrics twice in Triton's process corrupt its memory once one of them is deleted."""
+    with MetricsTurn(tmp_path / "m") as new:
+        with MetricsTurn(tmp_path / "m") as old:
+            assert old.take() and old.take()
+            assert not new.take()
+        assert new.take()
 
 
 def test_a_dead_stub_is_told_from_an_unloaded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,9 @@ def test_packages_replaced_under_a_polling_server(serve: Callable[..., Service],
             time.sleep(0.2)
     stop.set()
     thread.join()
+    service.wait_for_metrics(engine_up=1, requests_active=0)
     assert errors == []
+    assert "starting Triton again" not in service.log_text()
     assert len(set(answers)) == 1
     assert len(answers) > 20
     assert json.loads((workspace / "triton_repo/models/mixtral/trtbuild.json").read_text())["engine"] == "mixtral"

@@ -3,11 +3,18 @@
 Triton's Python backend has counters and gauges in every release, histograms only in late ones: a histogram is written
 as the three counters that a Prometheus histogram consists of (`_bucket`, `_sum`, `_count`), which queries cannot tell
 from one.
+
+Metrics of equal name and labels are one object in Triton's process; whoever deletes its own first frees that of the
+others (2.51; triton-inference-server/server, issue 8663). While a model is loaded again, its old and its new process
+both live: by `MetricsTurn` only one of them has metrics.
 """
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 GAUGES: dict[str, tuple[str, str]] = {
@@ -40,6 +47,29 @@ HISTOGRAMS: dict[str, tuple[str, str]] = {
 }
 
 
+class MetricsTurn:
+    """A file that one process at a time can hold; it is free again when that process has left or ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("w")
+
+    def take(self) -> bool:
+        """Whether this process holds it, from now on or already."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __enter__(self) -> MetricsTurn:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
 class EngineMetrics:
     """`pb_utils` is Triton's `triton_python_backend_utils`; every metric has the label model."""
 
@@ -63,6 +93,11 @@ class EngineMetrics:
     def down(self) -> None:
         """The worker does not answer."""
         self._set("trtbuild_engine_up", "1 where the engine worker answers", 0)
+
+    def delete(self) -> None:
+        """In Triton's process, too; before the model's `finalize` returns, since a later deletion crashes the stub."""
+        self._metrics.clear()
+        self._families.clear()
 
     def _set(self, name: str, text: str, value: float) -> None:
         self._metric(name, text, self._pb_utils.MetricFamily.GAUGE).set(value)

@@ -17,11 +17,11 @@ from trtbuild.engines.serving.request_log import configure_logging
 from trtbuild.engines.serving.shared import SharedWorker
 from trtbuild.errors import DeadlineExceeded, Refused, TrtBuildError, Unavailable
 from trtbuild.triton_repo.answers import Answer
-from trtbuild.triton_repo.engine_metrics import EngineMetrics
+from trtbuild.triton_repo.engine_metrics import EngineMetrics, MetricsTurn
 from trtbuild.triton_repo.model_config import WorkerSettings
 from trtbuild.triton_repo.requests import check_parameters, parse_request
 from trtbuild.triton_repo.responses import Response
-from trtbuild.triton_repo.stub_processes import log_format, mark_alive, worker_group
+from trtbuild.triton_repo.stub_processes import log_format, mark_alive, metrics_lock, worker_group
 from trtbuild.triton_repo.tensors import ModelKind, inputs_of
 from trtbuild.triton_repo.worker_link import WorkerLink
 
@@ -57,8 +57,8 @@ class TritonPythonModel:
         self._marker = mark_alive()
         self._threads = [threading.Thread(target=self._watch_clients, name="cancel", daemon=True)]
         if self._kind == "text":
-            metrics = EngineMetrics(pb_utils, args["model_name"])
-            self._threads.append(threading.Thread(target=self._report, args=(metrics,), name="metrics", daemon=True))
+            name = args["model_name"]
+            self._threads.append(threading.Thread(target=self._report, args=(name,), name="metrics", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -96,13 +96,22 @@ class TritonPythonModel:
             for answer in list(self._answers):
                 answer.cancel_if_abandoned()
 
-    def _report(self, metrics: EngineMetrics) -> None:
-        """Only this thread has the metrics: one that outlives `finalize` crashes the stub (2.51) when it is deleted."""
-        while not self._closing.wait(_METRICS_S):
-            try:
-                metrics.update(self._link.client().stats())
-            except TrtBuildError:
-                metrics.down()
+    def _report(self, model: str) -> None:
+        metrics: EngineMetrics | None = None
+        with MetricsTurn(metrics_lock(model)) as turn:
+            while not self._closing.wait(_METRICS_S):
+                if metrics is None and turn.take():
+                    metrics = EngineMetrics(pb_utils, model)
+                if metrics is not None:
+                    self._update(metrics)
+            if metrics is not None:
+                metrics.delete()
+
+    def _update(self, metrics: EngineMetrics) -> None:
+        try:
+            metrics.update(self._link.client().stats())
+        except TrtBuildError:
+            metrics.down()
 
 
 class _Responder:

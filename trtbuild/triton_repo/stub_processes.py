@@ -1,4 +1,4 @@
-"""Between `trtbuild serve` and its models' stub processes: marks by which a stub's death is known.
+"""Between `trtbuild serve`, its models' stub processes, and those of the same model: what each can know of the others.
 
 Triton (2.51) leaves the streams of a killed stub hanging and starts another stub at the next request; whoever waits
 is told nothing. A file named after the process id, made by the model and removed by its `finalize`, tells a killed
@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trtbuild.engines.serving.shared import runtime_directory
+from trtbuild.workspace import digest_of
+
 STUBS_VARIABLE = "TRTBUILD_STUBS"
 # Who shares an engine worker: all Triton processes of one `trtbuild serve`, so that a restarted one finds it loaded.
 GROUP_VARIABLE = "TRTBUILD_GROUP"
@@ -19,6 +22,11 @@ LOG_FORMAT_VARIABLE = "TRTBUILD_LOG_FORMAT"
 def worker_group() -> str:
     """Of this stub: what `trtbuild serve` says, else the Triton process that it belongs to."""
     return os.environ.get(GROUP_VARIABLE) or f"triton-{os.getppid()}"
+
+
+def metrics_lock(model: str) -> Path:
+    """The file that tells the stubs of one model apart while it is loaded again (see `MetricsTurn`)."""
+    return runtime_directory() / f"{digest_of([worker_group(), model])[:16]}.metrics"
 
 
 def log_format() -> str:

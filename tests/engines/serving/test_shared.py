@@ -23,7 +23,7 @@ OPTIONS = {"loader": "fake_executor:load_fake", "threads": 1, "slots": None}
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sockets of its own; what still runs at the end is ended."""
     monkeypatch.setattr(shared, "LINGER_S", 1.0)
-    monkeypatch.setattr(shared, "_runtime_directory", lambda: tmp_path)
+    monkeypatch.setattr(shared, "runtime_directory", lambda: tmp_path)
     yield
     for process in psutil.Process().children(recursive=True):
         if "serving.worker" in " ".join(process.cmdline()):
@@ -98,6 +98,6 @@ def test_other_users_may_not_enter_where_sockets_are(tmp_path: Path, monkeypatch
     directory.mkdir()
     directory.chmod(0o755)
     with pytest.raises(Refused, match="nobody else can enter"):
-        shared._runtime_directory()
+        shared.runtime_directory()
     directory.chmod(0o700)
-    assert shared._runtime_directory() == directory
+    assert shared.runtime_directory() == directory

@@ -44,7 +44,7 @@ class SharedWorker:
         # A packaged engine that was replaced is another engine under the same path.
         passport = (engine_dir / "engine.json").stat()
         identity = [str(engine_dir.resolve()), passport.st_ino, passport.st_mtime_ns, self._options, group]
-        self._socket = _runtime_directory() / f"{digest_of(identity)[:16]}.sock"
+        self._socket = runtime_directory() / f"{digest_of(identity)[:16]}.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
     def connect(self, on_lost: Callable[[str], None] | None = None, timeout_s: float = 600.0) -> WorkerClient:
@@ -123,7 +123,7 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _runtime_directory() -> Path:
+def runtime_directory() -> Path:
     """Where sockets are: a directory that only this user can enter."""
     directory = Path(tempfile.gettempdir()) / f"trtbuild-{os.getuid()}"
     if len(os.fsencode(directory)) > _LONGEST_DIRECTORY:
