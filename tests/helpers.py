@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_tensors import plan_rank
@@ -22,6 +24,7 @@ from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.executor import LogitRows
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.reference.executor import ReferenceExecutor
+from trtbuild.errors import Refused
 
 TESTS = Path(__file__).parent
 ORACLE = TESTS / "oracle"
@@ -120,6 +123,14 @@ def hf_config(family: str, **changes: Any) -> dict[str, Any]:
     """config.json of a small model; a change to None is written as null."""
     model = {"architectures": [ARCHITECTURES[family]], "model_type": family}
     return model | BASE | EXTRA[family] | changes
+
+
+def refusal(hf: dict[str, Any]) -> str:
+    """The message with which this config.json is refused."""
+    with pytest.raises(Refused) as caught:
+        read_config(hf)
+    assert caught.value.exit_code == 3
+    return caught.value.message
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

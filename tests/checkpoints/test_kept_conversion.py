@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import make_checkpoint
 from hub_packing import (
+    GPTQ,
     TOOL_MADE,
     Codes,
     pack_compressed,
@@ -33,7 +34,6 @@ from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import Refused
 
 INT_TOOLS = ["awq-mixtral", "gptqmodel-v1-llama", "gptqmodel-v2-llama", "w4a16-asym-qwen2", "w4a16-llama"]
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
 NO_GROUPS = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",

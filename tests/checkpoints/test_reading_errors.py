@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY_MIXTRAL, hf_config, random_weights, save_checkpoint
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import hf_config, random_weights, save_checkpoint
 
 from trtbuild.checkpoints.convert import convert
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.safetensors_file import MappedTensors, layout_header, read_header
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import CheckpointError, Refused, TrtBuildError
 
@@ -320,122 +317,3 @@ def test_the_hub_is_asked_only_for_what_can_be_a_hub_id(tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError, match=r"cannot fetch some/model from the hub.*HF_TOKEN") as caught:
         CheckpointSource.open("some/model")
     assert "\n" not in caught.value.message
-
-
-def test_bundled_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = CheckpointSource.open("tiny-mixtral")
-    assert source.directory == TINY_MIXTRAL
-    assert len(source.entries) == 3 + 3 * (6 + 1 + 24)
-
-
-def test_the_digest_sees_config_names_types_and_ends(tmp_path: Path) -> None:
-    weights = random_weights(hf_config("llama"))
-
-    def digest(config: dict[str, Any], weights: dict[str, torch.Tensor], shards: int = 1) -> str:
-        shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-        return CheckpointSource.open(str(save_checkpoint(tmp_path / "hf", config, weights, shards=shards))).digest
-
-    base = digest(hf_config("llama"), weights)
-    assert digest(hf_config("llama"), weights, shards=2) == base
-    changed = {name: tensor.clone() for name, tensor in weights.items()}
-    changed[Q][0, 0] += 1
-    last = {name: tensor.clone() for name, tensor in weights.items()}
-    last[Q][-1, -1] += 1
-    others = [
-        digest(hf_config("llama", rope_theta=10001.0), weights), digest(hf_config("llama"), changed),
-        digest(hf_config("llama"), last), digest(hf_config("llama"), {n: t.half() for n, t in weights.items()}),
-    ]  # fmt: skip
-    assert len({base, *others}) == 5
-
-
-HEADERS = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-5, 2**40),
-        st.floats(allow_nan=False),
-        st.sampled_from(["BF16", "F32", "x"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "t"]), inner, max_size=4),
-    ),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=400)
-@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), HEADERS, max_size=3), st.integers(0, 64))
-def test_any_header_reads_or_is_a_clear_error(
-    tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any], data: int
-) -> None:
-    file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
-    try:
-        entries = read_header(file)
-    except CheckpointError as error:
-        assert "fuzz.safetensors" in error.message
-    else:
-        assert sum(entry.num_bytes for entry in entries.values()) == data
-
-
-@settings(max_examples=150)
-@given(st.integers(0, 5000), st.binary(min_size=1, max_size=9))
-def test_any_overwritten_bytes_read_or_are_a_clear_error(
-    tmp_path_factory: pytest.TempPathFactory, position: int, noise: bytes
-) -> None:
-    directory = tmp_path_factory.getbasetemp() / "fuzzed"
-    file = directory / "model.safetensors"
-    if not (directory / "pristine").exists():
-        save_checkpoint(directory, hf_config("llama"))
-        shutil.copy(file, directory / "pristine")
-    raw = bytearray((directory / "pristine").read_bytes())
-    raw[position : position + len(noise)] = noise
-    file.write_bytes(raw)
-    try:
-        CheckpointSource.open(str(directory))
-    except CheckpointError as error:
-        assert len(error.message) < 20_000
-
-
-def test_odd_header_lengths_are_read(tmp_path: Path) -> None:
-    """Unpadded headers occur in the wild: tensors then begin at odd bytes."""
-    values = torch.arange(6).bfloat16()
-    for padding in range(8):
-        text = json.dumps({"t": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}).encode() + b" " * padding
-        file = tmp_path / f"{padding}.safetensors"
-        file.write_bytes(struct.pack("<Q", len(text)) + text + values.view(torch.uint8).numpy().tobytes())
-        assert torch.equal(MappedTensors(read_header(file)).tensor("t"), values.view(2, 3))
-
-
-def test_a_written_header_is_read_back_by_safetensors(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    from trtbuild.checkpoints.rank_tensors import TensorSpec
-
-    specs = [
-        TensorSpec("a", "I8", (3,)),
-        TensorSpec("b", "F32", (2, 2)),
-        TensorSpec("c", "BF16", (1,)),
-        TensorSpec("d", "U8", (0, 4)),
-    ]
-    header, offsets = layout_header(specs, {"format": "pt"})
-    assert len(header) % 8 == 0
-    assert all(offsets[s.name] % {"F32": 4, "BF16": 2}.get(s.dtype, 1) == 0 for s in specs)
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(header + bytes(3 + 16 + 2))
-    assert {name: (e.spec, e.start) for name, e in read_header(file).items()} == {
-        s.name: (s, offsets[s.name]) for s in specs
-    }
-    with safe_open(file, framework="pt") as opened:
-        assert sorted(opened.keys()) == ["a", "b", "c", "d"]
-        assert opened.metadata() == {"format": "pt"}
-
-
-def test_views_of_a_checkpoint_cannot_change_it(checkpoint: Path) -> None:
-    source = CheckpointSource.open(str(checkpoint))
-    before = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
-    source.tensor("layers.1.q").zero_()
-    assert {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")} == before

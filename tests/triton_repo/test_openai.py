@@ -8,15 +8,12 @@ from typing import Any
 
 import openai
 import pytest
-from fake_executor import TINY_MIXTRAL
+from fake_worker import TOKENIZER, alone
 from served import Service
-from test_triton import alone
-from transformers import AutoTokenizer
 
 from trtbuild.engines.serving.request import SamplingParams
 from trtbuild.triton_repo.triton_process import Ports
 
-TOKENIZER = AutoTokenizer.from_pretrained(TINY_MIXTRAL)
 MESSAGES: list[Any] = [{"role": "user", "content": "Who is there? 你好"}]
 
 

@@ -15,26 +15,14 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as aio_client
 import tritonclient.http as http_client
-from fake_executor import TINY_MIXTRAL, FakeExecutor
+from fake_worker import TOKENIZER, alone
 from served import Service
-from transformers import AutoTokenizer
 
-from trtbuild.engines.serving.detokenizer import decoder_of
-from trtbuild.engines.serving.request import Request, RequestOutput, SamplingParams
-from trtbuild.engines.serving.scheduler import Scheduler
+from trtbuild.engines.serving.request import SamplingParams
 from trtbuild.errors import DeadlineExceeded, Refused, Unavailable
 from trtbuild.triton_repo.client import Part, TritonClient, tensor_values
 
-TOKENIZER = AutoTokenizer.from_pretrained(TINY_MIXTRAL)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-def alone(prompt: str | list[int], params: SamplingParams) -> RequestOutput:
-    """The scheduler's answer with nobody beside it."""
-    ids = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
-    executor = FakeExecutor(4, max_seq_len=400, chunk_size=16, vocab_size=1024)
-    scheduler = Scheduler(executor, eos_token_ids=[2], decode_text=decoder_of(TOKENIZER))
-    return scheduler.run([Request("alone", ids, params)])[0]
 
 
 def ask(client: TritonClient, prompt: str, params: SamplingParams, **values: Any) -> list[Part]:

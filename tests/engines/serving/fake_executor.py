@@ -17,10 +17,15 @@ import numpy as np
 import torch
 
 from trtbuild.engines.executor import LogitRows
+from trtbuild.engines.serving.request import Request, SamplingParams
 from trtbuild.errors import Refused
 
 POISON = -1
 TINY_MIXTRAL = Path(__file__).parents[2] / "checkpoints" / "tiny-mixtral"
+
+
+def request(name: str, prompt: list[int], **params: Any) -> Request:
+    return Request(name, prompt, SamplingParams(**params))
 
 
 class FakeExecutor:

@@ -14,18 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_executor import TINY_MIXTRAL, FakeExecutor, logits_after
-from fake_worker import LONG, start, wait_for
-from transformers import AutoTokenizer
+from fake_executor import logits_after
+from fake_worker import LONG, TOKENIZER, alone, start, wait_for
 
 from trtbuild.engines.serving.client import WorkerClient
-from trtbuild.engines.serving.detokenizer import decoder_of
 from trtbuild.engines.serving.launch import WorkerProcess
-from trtbuild.engines.serving.request import Request, RequestOutput, SamplingParams
-from trtbuild.engines.serving.scheduler import Scheduler
+from trtbuild.engines.serving.request import RequestOutput, SamplingParams
 from trtbuild.errors import DeadlineExceeded, Refused, TrtBuildError, Unavailable
-
-MIXTRAL = AutoTokenizer.from_pretrained(TINY_MIXTRAL)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +33,6 @@ def worker(importable_loader: None) -> Iterator[WorkerProcess]:
 def client(worker: WorkerProcess) -> Iterator[WorkerClient]:
     with worker.connect() as connected:
         yield connected
-
-
-def expected(token_ids: list[int], params: SamplingParams) -> RequestOutput:
-    executor = FakeExecutor(4, max_seq_len=400, chunk_size=16, vocab_size=1024)
-    return Scheduler(executor, eos_token_ids=[2], decode_text=decoder_of(MIXTRAL)).run(
-        [Request("solo", token_ids, params)]
-    )[0]
 
 
 def test_hello_says_what_serves(worker: WorkerProcess, client: WorkerClient) -> None:
@@ -67,12 +55,16 @@ def test_hello_says_what_serves(worker: WorkerProcess, client: WorkerClient) -> 
 def test_text_ids_and_chat_stream_the_solo_answer(client: WorkerClient) -> None:
     params = SamplingParams(max_tokens=12, temperature=0.9, seed=4, logprobs=2)
     messages = [{"role": "user", "content": "Who is there?"}]
-    chat_ids = MIXTRAL.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    for prompt, ids in (("To be, 你好", MIXTRAL.encode("To be, 你好")), ([5, 6, 7], [5, 6, 7]), (messages, chat_ids)):
-        found, alone = client.generate(prompt, params).result(), expected(ids, params)
-        assert (found.token_ids, found.text, found.finish_reason) == (alone.token_ids, alone.text, alone.finish_reason)
-        assert found.logprobs == pytest.approx(alone.logprobs)
-        assert [dict(top).keys() for top in found.top_logprobs] == [dict(top).keys() for top in alone.top_logprobs]
+    chat_ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    for prompt, ids in (("To be, 你好", TOKENIZER.encode("To be, 你好")), ([5, 6, 7], [5, 6, 7]), (messages, chat_ids)):
+        found, wanted = client.generate(prompt, params).result(), alone(ids, params)
+        assert (found.token_ids, found.text, found.finish_reason) == (
+            wanted.token_ids,
+            wanted.text,
+            wanted.finish_reason,
+        )
+        assert found.logprobs == pytest.approx(wanted.logprobs)
+        assert [dict(top).keys() for top in found.top_logprobs] == [dict(top).keys() for top in wanted.top_logprobs]
         assert found.usage is not None and found.usage.prompt_tokens == len(ids)
 
 
@@ -91,7 +83,7 @@ def test_concurrent_streams_on_one_connection(client: WorkerClient) -> None:
         thread.join(timeout=30)
     for index, output in enumerate(found):
         assert output is not None
-        assert output.token_ids == expected(prompts[index], params[index]).token_ids
+        assert output.token_ids == alone(prompts[index], params[index]).token_ids
 
 
 def test_tokens_arrive_while_they_are_made(client: WorkerClient) -> None:
@@ -131,7 +123,7 @@ def test_disconnecting_cancels(worker: WorkerProcess, client: WorkerClient) -> N
 
 def test_score(client: WorkerClient) -> None:
     ids, logprobs = client.score("Good night, sweet prince; and flights of angels")
-    assert ids == MIXTRAL.encode("Good night, sweet prince; and flights of angels") and len(ids) > 16
+    assert ids == TOKENIZER.encode("Good night, sweet prince; and flights of angels") and len(ids) > 16
     wanted = [float(logits_after(ids[:i], 1024).log_softmax(-1)[ids[i]]) for i in range(1, len(ids))]
     assert logprobs[0] is None and logprobs[1:] == pytest.approx(wanted, abs=1e-5)
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx")
 
-from test_plan_verifier import LIMITS, TARGET, config, open_random
+from random_plans import LIMITS, TARGET, config, open_random
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
