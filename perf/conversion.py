@@ -83,7 +83,7 @@ else:
     from trtbuild.checkpoints.convert import ActivationRange, Calibration, convert
     from trtbuild.checkpoints.layout import Layout
     from trtbuild.checkpoints.precision import Precision
-    from trtbuild.checkpoints.rank_tensors import plan_rank
+    from trtbuild.checkpoints.rank_plan import plan_rank
     from trtbuild.checkpoints.source import CheckpointSource
     opened = CheckpointSource.open(str(source))
     plan = plan_rank(opened.config, Layout().rank(0), Precision("fp8", "bf16"))

@@ -21,7 +21,7 @@ from road import machine
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.limits import EngineLimits

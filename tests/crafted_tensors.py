@@ -13,7 +13,8 @@ import torch
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 

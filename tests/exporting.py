@@ -18,7 +18,7 @@ from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precisio
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.export.export import Companions, SchemeName, export_checkpoint
 

@@ -29,7 +29,7 @@ from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.source_files import INDEX_FILE
 from trtbuild.checkpoints.source_tensors import expected_shapes

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.executor import LogitRows

@@ -18,7 +18,7 @@ from trtbuild.checkpoints.convert import ActivationRange, Calibration, convert
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint, verify_content, weights_digest
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.safetensors_file import read_header
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.work_units import cut_into_units

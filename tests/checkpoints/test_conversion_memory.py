@@ -20,7 +20,7 @@ from pathlib import Path
 from trtbuild.checkpoints.convert import ActivationRange, Calibration, convert
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
 
 def anonymous():

@@ -29,7 +29,7 @@ from trtbuild.checkpoints.convert import Calibration, convert
 from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precision
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import Refused
 

@@ -15,7 +15,8 @@ from trtbuild.checkpoints.kept_rows import keep_rows
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
 from trtbuild.checkpoints.quantization import QuantizedWeight, unpack_int4
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import Refused

@@ -21,7 +21,7 @@ from trtbuild.checkpoints.convert import convert
 from trtbuild.checkpoints.journal import Journal
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.work_units import cut_into_units
 

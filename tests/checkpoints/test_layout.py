@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout, padded_vocab
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.errors import Refused
 
 

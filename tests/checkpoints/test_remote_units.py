@@ -22,7 +22,7 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.lora import LoraAdapter
 from trtbuild.checkpoints.precision import Precision, PrecisionName
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint, verify_content
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.remote_units import BATCH_BYTES, _opened, cut_into_batches
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.errors import Refused

@@ -15,7 +15,7 @@ from trtbuild.checkpoints.families import family_of
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.errors import Refused
 

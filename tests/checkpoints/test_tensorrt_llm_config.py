@@ -10,7 +10,7 @@ from helpers import hf_config
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.tensorrt_llm_config import tensorrt_llm_config
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16}

@@ -9,7 +9,7 @@ from helpers import TINY_MIXTRAL, TINY_QWEN2, make_checkpoint
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.engines.job import Job, convert_model
 from trtbuild.engines.recipe import Recipe
 from trtbuild.planning.host import rank_file_sizes

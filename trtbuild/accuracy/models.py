@@ -15,7 +15,8 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import LinearForm, Precision
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.shards import fill_all
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.limits import EngineLimits

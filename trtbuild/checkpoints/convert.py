@@ -23,7 +23,8 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_checkpoint import AUTHORITY, FORMAT_VERSION, RankCheckpoint, plan_stacks
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter, constant_values
 from trtbuild.checkpoints.remote_units import Conversion, run_on_pool, source_bytes
 from trtbuild.checkpoints.shards import fill_unit

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import FormatName, LinearForm, Precision
 from trtbuild.checkpoints.quantization import FP8_MAX, StoredWeight
-from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.errors import Refused
 
 if TYPE_CHECKING:

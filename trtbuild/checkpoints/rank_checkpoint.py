@@ -16,7 +16,8 @@ from trtbuild.checkpoints.content import file_digest, stack_digest
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, read_header
 from trtbuild.errors import CheckpointError
 from trtbuild.workspace import digest_of, read_json

@@ -21,7 +21,8 @@ from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.rank_writer import RankFiles, UnitWriter
 from trtbuild.checkpoints.shards import fill_unit
 from trtbuild.checkpoints.source import CheckpointSource

@@ -8,7 +8,8 @@ from typing import Any
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig, MoeConfig
 from trtbuild.checkpoints.precision import DEFERRED, Precision
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 # TensorRT-LLM has no fp8-dynamic experts, and no other name for them either: it refuses such a model by this one.

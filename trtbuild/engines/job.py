@@ -16,7 +16,8 @@ from trtbuild.checkpoints.lora import LoraAdapter
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.rank_checkpoint import RankCheckpoint
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.calibration.devices import compute_device
 from trtbuild.engines.calibration.text import CalibrationText

@@ -16,7 +16,8 @@ from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precisio
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import CALIBRATED, FormatName, LinearForm, Precision, PrecisionName
 from trtbuild.checkpoints.prepared_source import PreparedSource
-from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.calibration.devices import devices_of
 from trtbuild.engines.calibration.mixture import choose

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.engines.passport import Passport, verified_digest
 from trtbuild.errors import TrtBuildError
 from trtbuild.perf.records import Point

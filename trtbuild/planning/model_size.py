@@ -15,7 +15,8 @@ from functools import lru_cache
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import Linear, RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
 from trtbuild.checkpoints.source_tensors import expected_shapes
 
 KINDS = ("attention", "experts", "shared expert", "dense MLP", "embedding", "lm_head", "norms, router")

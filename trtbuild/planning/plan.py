@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.containers import Installed
 from trtbuild.engines.job import Job
 from trtbuild.engines.tensorrt.targets import formats_of

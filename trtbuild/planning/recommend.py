@@ -9,7 +9,7 @@ from functools import lru_cache
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.segments import MAX_SEGMENT_LAYERS
 from trtbuild.engines.tensorrt.targets import formats_of

@@ -88,7 +88,7 @@ class PodSizes:
 
 def _device_bytes(passport: Passport, slots: int) -> tuple[int, int]:
     """Weights and KV cache of the fullest rank."""
-    from trtbuild.checkpoints.rank_tensors import plan_rank
+    from trtbuild.checkpoints.rank_plan import plan_rank
     from trtbuild.planning.model_size import measure_rank
 
     # Ranks of a stage are equal but for padding.
@@ -101,7 +101,7 @@ def _device_bytes(passport: Passport, slots: int) -> tuple[int, int]:
 
 def _reference_bytes(passport: Passport, settings: WorkerSettings, slots: int) -> tuple[int, int]:
     """Of all ranks together; PyTorch computes with quantized weights that were unpacked to its compute type."""
-    from trtbuild.checkpoints.rank_tensors import plan_rank
+    from trtbuild.checkpoints.rank_plan import plan_rank
     from trtbuild.planning.model_size import CACHE_ITEM, count_parameters, measure_rank
 
     item = _ITEM_BYTES[settings.dtype] if settings.dtype else 2

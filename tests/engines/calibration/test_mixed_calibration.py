@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import FormatName, LinearForm, Precision, PrecisionName
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer

@@ -18,7 +18,7 @@ from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.quantization import QuantizedWeight
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer

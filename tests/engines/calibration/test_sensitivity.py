@@ -10,7 +10,7 @@ from helpers import TINY_MIXTRAL, executor_of, prefill
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import FormatName, LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.calibration import sensitivity

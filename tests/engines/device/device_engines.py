@@ -12,7 +12,8 @@ from helpers import rank_tensors
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.device.executor import TensorRTExecutor
 from trtbuild.engines.device.library import PlanLibrary

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from trtbuild.checkpoints.hf_config import read_config
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.network.segments import MAX_SEGMENT_LAYERS, Segment, cut_into_segments, has_int4, moe_of
 
 

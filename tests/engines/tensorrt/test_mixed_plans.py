@@ -17,7 +17,8 @@ from random_plans import LIMITS, TARGET, config, open_random
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import LinearForm, Precision
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.network.segments import cut_into_segments
 from trtbuild.engines.tensorrt.builder import build_plans
 from trtbuild.engines.tensorrt.log import build_log

@@ -21,7 +21,8 @@ pytest.importorskip("tensorrt_rtx")
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import RankPlan, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import RankPlan
 from trtbuild.engines.limits import EngineLimits
 from trtbuild.engines.network.segments import cut_into_segments
 from trtbuild.engines.tensorrt.builder import build_plans

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import SAFETENSORS_16BIT, Precision
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource

@@ -19,7 +19,7 @@ from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.precision import FormatName, Precision
 from trtbuild.checkpoints.prepared_source import PreparedSource
-from trtbuild.checkpoints.rank_tensors import plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.engines.calibration.devices import compute_device, note_device

@@ -9,7 +9,8 @@ from dataclasses import replace
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
 from trtbuild.checkpoints.precision import Precision
-from trtbuild.checkpoints.rank_tensors import Linear, plan_rank
+from trtbuild.checkpoints.rank_plan import plan_rank
+from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.errors import refuse_all
 
 # Groups that its weight-only kernels have.
