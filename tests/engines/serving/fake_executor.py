@@ -130,6 +130,8 @@ def load_fake(engine_dir: Path, num_slots: int | None = None, dtype: str | None 
         raise Refused("engine.json: built for sm120, this GPU is sm90")
     if engine_dir.name == "crash":
         raise RuntimeError("segment 3 is corrupt")
+    if engine_dir.name == "slow":
+        time.sleep(60)
     executor = FakeExecutor(num_slots or 4, max_seq_len=400, chunk_size=16, vocab_size=1024, step_s=0.02)
     if engine_dir.name == "device-lost":
         executor.prefill = _fail  # type: ignore[method-assign]

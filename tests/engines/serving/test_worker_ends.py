@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_executor import FakeEngine, FakeExecutor
 from fake_worker import LOADER, LONG, start
 
 from trtbuild.engines.serving.client import WorkerClient
 from trtbuild.engines.serving.launch import await_ready, start_worker, worker_command
-from trtbuild.engines.serving.request import SamplingParams
+from trtbuild.engines.serving.request import SamplingParams, ServerLimits
+from trtbuild.engines.serving.server import WorkerServer
 from trtbuild.errors import Refused, TrtBuildError, Unavailable
 
 
@@ -199,6 +202,35 @@ def test_lingering_worker_ends_after_its_last_client_and_not_before(tmp_path: Pa
 def test_lingering_worker_without_any_client_ends(tmp_path: Path) -> None:
     process = start_lingering(tmp_path / "s", 0.2)
     assert process.wait(timeout=10) == 0
+
+
+def test_worker_ends_while_it_loads_when_its_starter_does(tmp_path: Path) -> None:
+    """As a killed stub of Triton leaves one, which would hold its memory for nobody."""
+    read_fd, write_fd = os.pipe()
+    options = {"loader": LOADER, "linger-seconds": 10}
+    process = subprocess.Popen(worker_command(Path("slow"), tmp_path / "s", write_fd, options), pass_fds=(write_fd,))
+    os.close(write_fd)
+    os.close(read_fd)
+    assert process.wait(timeout=20) == 1
+
+
+def test_engine_thread_ends_where_nobody_can_be_told_that_it_is_ready(tmp_path: Path) -> None:
+    """It would keep the process, and the engine's memory, for good."""
+    before = set(threading.enumerate())
+
+    def gone(hello: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    async def serve() -> None:
+        await WorkerServer(FakeEngine(FakeExecutor()), ServerLimits(drain_s=5.0)).serve(tmp_path / "s", gone)
+
+    with pytest.raises(BrokenPipeError):
+        asyncio.run(serve())
+    deadline = time.monotonic() + 5
+    while left := set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_ends_leaves_the_socket_of_its_successor(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.engines.serving import protocol
+from trtbuild.engines.serving.connection import Connection, listening
 from trtbuild.engines.serving.detokenizer import decoder_of
 from trtbuild.engines.serving.engine_loop import EngineLoop
 from trtbuild.engines.serving.prompts import PromptLimit, prompt_token_ids
@@ -31,43 +32,11 @@ from trtbuild.errors import Refused, Unavailable
 
 log = logging.getLogger("trtbuild.worker")
 
-# A client that reads nothing must not fill the worker's memory; at this backlog it is dropped.
-MAX_BACKLOG_BYTES = 16 * 2**20
 # How long the engine thread may take to finish its step once everything is cancelled.
 STOP_GRACE_S = 10.0
 # How long clients get to read their last messages.
 FLUSH_S = 2.0
-# Requests of one client that may be tokenized or have their guides compiled at once; beyond, its socket is not read.
-MAX_PREPARING = 256
 STOPPING = "the engine worker is stopping"
-
-
-class Connection:
-    """One client: where its answers go, and which of its requests are in flight (its id -> the scheduler's)."""
-
-    def __init__(self, number: int, writer: asyncio.StreamWriter) -> None:
-        self.number = number
-        self.requests: dict[str, str] = {}
-        self.preparing: dict[str, asyncio.Task[None]] = {}
-        """Not yet with the scheduler."""
-        self.cancelled: set[str] = set()
-        """Of those, the ones to cancel as soon as they are."""
-        self.room = asyncio.Semaphore(MAX_PREPARING)
-        self._writer = writer
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Queue one message. A client gone is not an error here: its reader notices and cleans up."""
-        if self._writer.is_closing():
-            return
-        self._writer.write(protocol.encode(message))
-        if self._writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
-            log.warning("client %d does not read its answers; dropped", self.number)
-            self._writer.transport.abort()
-
-    async def close(self) -> None:
-        """Send what is queued, then close."""
-        self._writer.close()
-        await self._writer.wait_closed()
 
 
 class WorkerServer:
@@ -137,17 +106,23 @@ class WorkerServer:
         False where the engine thread did not come back from its last step.
         """
         engine_done = self._loop.run_in_executor(ThreadPoolExecutor(1, "engine"), self._engine_loop.run)
-        server = await asyncio.start_unix_server(self._serve_client, socket_path, limit=protocol.MAX_MESSAGE_BYTES)
-        socket_path.chmod(0o600)
-        own = socket_path.stat()
-        ready(self.hello())
-        self._linger()
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({engine_done, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        server.close()
-        # Another worker may have taken the path since.
-        if socket_path.exists() and socket_path.stat().st_ino == own.st_ino:
-            socket_path.unlink()
+        try:
+            async with listening(socket_path, self._serve_client):
+                ready(self.hello())
+                self._linger()
+                stopping = asyncio.ensure_future(self._stopping.wait())
+                await asyncio.wait({engine_done, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+            await self._finish(engine_done)
+        finally:
+            # The process cannot end before this thread does.
+            self._engine_loop.stop()
+        if engine_done.done():
+            engine_done.result()
+        return engine_done.done()
+
+    async def _finish(self, engine_done: asyncio.Future[None]) -> None:
+        """What is in flight, if that is wished; then the engine thread, and the clients."""
         preparing = [task for connection in self._connections for task in connection.preparing.values()]
         if preparing:
             await asyncio.wait(preparing, timeout=self._limits.drain_s if self._draining else FLUSH_S)
@@ -155,12 +130,8 @@ class WorkerServer:
             await self._drain(engine_done)
             self._engine_loop.stop()
             await asyncio.wait({engine_done}, timeout=STOP_GRACE_S)
-        stopping.cancel()
         self._scheduler.close()
         await self._close_clients(engine_done)
-        if engine_done.done():
-            engine_done.result()
-        return engine_done.done()
 
     async def _drain(self, engine_done: asyncio.Future[None]) -> None:
         """Let requests in flight finish for `drain_s`, then cancel the rest and report that to their clients."""

@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -33,9 +34,46 @@ log = logging.getLogger("trtbuild.worker")
 DEFAULT_LOADER = "trtbuild.engines.load:load_engine"
 # After its parent died a worker has no one to drain for.
 ORPHAN_GRACE_S = 2.0
+STARTER_POLL_MS = 500
+STARTER_GONE = "whoever started this worker was gone before it was ready; it ends"
 # On a CPU oneDNN, and ideep above it, each keep 1024 compiled products by default, one for each shape met, of 0.26 MiB:
 # with batch sizes that vary this fills for minutes. What oneDNN has ideep need not; compiling one again takes 0.3 ms.
 SHAPE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 256, "LRU_CACHE_CAPACITY": 16}
+
+
+class Starter:
+    """Whoever started this worker and waits at the pipe's other end; nobody, without a file descriptor.
+
+    Until it is told how loading went, its end ends this process: the engine would be held for nobody, and the next who
+    wants it starts a worker of its own.
+    """
+
+    def __init__(self, ready_fd: int | None) -> None:
+        self._ready_fd = ready_fd
+        self._told = threading.Event()
+        if ready_fd is not None:
+            threading.Thread(target=self._watch, args=(os.dup(ready_fd),), name="starter", daemon=True).start()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """One JSON line. Raises `TrtBuildError` where nobody is left to read it."""
+        self._told.set()
+        if self._ready_fd is None:
+            return
+        try:
+            with os.fdopen(self._ready_fd, "w", encoding="utf-8") as pipe:
+                pipe.write(json.dumps(message) + "\n")
+        except BrokenPipeError as error:
+            raise TrtBuildError(STARTER_GONE) from error
+
+    def _watch(self, descriptor: int) -> None:
+        poller = select.poll()
+        # An error, which is always reported: the end that reads is closed.
+        poller.register(descriptor, 0)
+        while not self._told.is_set():
+            if poller.poll(STARTER_POLL_MS) and not self._told.is_set():
+                log.error(STARTER_GONE)
+                os._exit(1)
+        os.close(descriptor)
 
 
 @click.command()
@@ -81,13 +119,14 @@ def main(
     _bound_shape_caches()
     if with_parent:
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    starter = Starter(ready_fd)
     try:
         engine = _load(loader, engine_dir, slots, threads, dtype, executor)
     except TrtBuildError as error:
-        _tell(ready_fd, {"type": "error", "message": error.message, "exit_code": error.exit_code})
+        starter.tell({"type": "error", "message": error.message, "exit_code": error.exit_code})
         raise
     limits = ServerLimits(drain_seconds, max_queue, linger_seconds, prepare_guides)
-    clean = asyncio.run(_serve(engine, socket_path, limits, ready_fd))
+    clean = asyncio.run(_serve(engine, socket_path, limits, starter))
     if not clean:
         log.error("the engine is stuck in a step; exiting without it")
         os._exit(1)
@@ -126,7 +165,7 @@ def _load(
     return engine
 
 
-async def _serve(engine: Any, socket_path: Path, limits: ServerLimits, ready_fd: int | None) -> bool:
+async def _serve(engine: Any, socket_path: Path, limits: ServerLimits, starter: Starter) -> bool:
     """False where the engine thread did not come back from its last step."""
     from trtbuild.engines.serving.server import WorkerServer
 
@@ -134,18 +173,12 @@ async def _serve(engine: Any, socket_path: Path, limits: ServerLimits, ready_fd:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, server.stop, True)
     loop.add_signal_handler(signal.SIGINT, server.stop, False)
-    finished = await server.serve(socket_path, lambda hello: _tell(ready_fd, hello))
+    finished = await server.serve(socket_path, starter.tell)
     # It ends now; a signal on the way out must not turn that into a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
     return finished
-
-
-def _tell(ready_fd: int | None, message: dict[str, Any]) -> None:
-    if ready_fd is not None:
-        with os.fdopen(ready_fd, "w", encoding="utf-8") as pipe:
-            pipe.write(json.dumps(message) + "\n")
 
 
 def _end_with_parent() -> None:
