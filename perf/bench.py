@@ -74,6 +74,7 @@ BENCHMARKS = (
     Benchmark(
         "accuracy", ("model", "inputs", "ours", "method", "threads"), ("seconds", "cpu_seconds", "peak_anon_bytes")
     ),
+    Benchmark("rounding", ("model", "inputs", "text"), ("stdev",)),
     Benchmark("auto", ("model", "inputs", "method"), ("seconds", "cpu_seconds", "linear_bytes")),
     Benchmark(
         "guided", ("case", "vocab_size", "tokenizer"), ("compile_ms", "mask_ms.p50", "accept_ms.p50", "vocabulary_s"),

@@ -1,4 +1,4 @@
-"""How much of a difference between two int4 models is chance: `python perf/rounding.py DIR [--seeds N] [--save]`.
+"""How much of a difference between two int4 models is chance: `python perf/rounding.py [DIR] [--seeds N] [--save]`.
 
 The linear layers are rounded to int4 in groups of 128, each group's scale amax / 7 times a random number within 1 %:
 as many roundings as seeds, none better than another. Their perplexities on the texts of `perf/accuracy.py` differ all
@@ -8,14 +8,13 @@ the same, and by what its standard errors, over blocks of text, cannot see. Comp
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import Inputs, machine
+from accuracy import CHECKPOINTS, Inputs, machine, save
 from accuracy_measure import versions
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +26,7 @@ BLOCKS_AT_ONCE = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, metavar="DIR")
+    parser.add_argument("model", nargs="?", type=Path, default=CHECKPOINTS / "tiny-mixtral", metavar="DIR")
     parser.add_argument("--model-name", metavar="NAME", help="In the saved line.  [default: DIR's last part]")
     parser.add_argument("--blocks", type=int, default=32, help="Of 256 tokens, from each text.  [default: 32]")
     parser.add_argument("--seeds", type=int, default=4)
@@ -48,16 +47,16 @@ def main() -> None:
         for name, blocks in inputs.texts.items():
             found[name].append(round(mean_nll(model, blocks), 5))
         print(seed, {name: values[-1] for name, values in found.items()}, flush=True)
-    spread = {name: round(statistics.stdev(values), 5) for name, values in found.items()}
-    print("standard deviation over roundings, nats a token:", spread)
-    if options.save:
-        line = {
-            "date": time.strftime("%Y-%m-%d"), "model": options.model_name or inputs.model.name,
-            "inputs": inputs.identity, "nll": found, "stdev": spread, "versions": versions("torch", "transformers"),
-            "machine": machine(),
-        }  # fmt: skip
-        with RESULTS.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+    for name, values in found.items():
+        spread = round(statistics.stdev(values), 5)
+        print(f"{name}: standard deviation over roundings {spread} nats a token")
+        if options.save:
+            line = {
+                "date": time.strftime("%Y-%m-%d"), "model": options.model_name or inputs.model.name,
+                "inputs": inputs.identity, "text": name, "nll": values, "stdev": spread,
+                "versions": versions("torch", "transformers"), "machine": machine(),
+            }  # fmt: skip
+            save(RESULTS, line)
 
 
 def rounded(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
