@@ -17,8 +17,7 @@ _INT4 = [
 # What each of ours is held against: the same bits of weights, the same kind of activations.
 RIVALS = {
     "int4": ["llm-compressor rtn"],
-    "int4-awq": _INT4,
-    "int4-gptq": _INT4,
+    **dict.fromkeys(("int4-awq", "int4-awq-asym", "int4-gptq", "int4-gptq-asym"), _INT4),
     "fp8": ["modelopt fp8"],
     "fp8-dynamic": ["llm-compressor fp8-dynamic", "modelopt fp8"],
 }

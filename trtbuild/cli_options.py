@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from trtbuild.checkpoints.precision import PRECISIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 workspace_option = click.option(
@@ -26,8 +28,9 @@ def recipe_options(command: F) -> F:
         click.option("--revision", help="Hub revision (branch, tag or commit)."),
         click.option(
             "--precision",
-            type=click.Choice(["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4", "int4-awq", "int4-gptq", "auto"]),
-            help="auto mixes, within --budget or --max-loss.  [default: bf16, or the checkpoint's own]",
+            type=click.Choice(PRECISIONS),
+            help="-asym: with zero points. auto mixes, within --budget or --max-loss.  "
+            "[default: bf16, or the checkpoint's own]",
         ),
         click.option("--budget", metavar="SIZE", help="auto: bytes of weights on each GPU, e.g. 22GiB."),
         click.option("--max-loss", metavar="SHARE", help="auto: how much perplexity may grow, e.g. 0.5%."),

@@ -27,6 +27,14 @@ def planned(model: str, weights: PrecisionName, *forms: tuple[str, LinearForm]) 
     return make_plan(replace(job, precision=precision), gpu_name="rtx4090")
 
 
+def test_zero_points_are_counted() -> None:
+    """16 bits for each 128 values of 4 bits and their scale of 16: 3 % of the linear layers."""
+    found, plain = planned("mixtral", "int4-awq-asym").ranks[0], planned("mixtral", "int4-awq").ranks[0]
+    share = found.kinds["experts"] / plain.kinds["experts"]
+    assert share == pytest.approx(1 + 16 / (128 * 4 + 16), rel=1e-6)
+    assert found.weight_bytes > plain.weight_bytes
+
+
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "mixtral"])
 @pytest.mark.parametrize("weights", ["int4-awq", "int4-gptq"])
 def test_calibrated_int4_is_int4_that_takes_longer(model: str, weights: PrecisionName) -> None:

@@ -12,10 +12,17 @@ from trtbuild.errors import Refused
 FormatName = Literal["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4"]
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 # What can be asked for: a format; a calibrated way to reach one; or the best mixture for a number of bytes.
-PrecisionName = Literal["bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4", "int4-awq", "int4-gptq", "auto"]
+PrecisionName = Literal[
+    "bf16", "fp16", "fp8", "fp8-dynamic", "int8", "int4",
+    "int4-awq", "int4-awq-asym", "int4-gptq", "int4-gptq-asym", "auto",
+]  # fmt: skip
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 # Precisions whose values follow from activations, which a calibration has to see. (fp8's activation scales do too.)
-CALIBRATED: dict[PrecisionName, FormatName] = {"int4-awq": "int4", "int4-gptq": "int4", "auto": "int4"}
+CALIBRATED: dict[PrecisionName, FormatName] = {
+    "int4-awq": "int4", "int4-awq-asym": "int4", "int4-gptq": "int4", "int4-gptq-asym": "int4", "auto": "int4",
+}  # fmt: skip
+# Those with a zero point in each int4 group.
+ASYMMETRIC: tuple[PrecisionName, ...] = ("int4-awq-asym", "int4-gptq-asym")
 
 # Whose rank tensors: those of our own network, or those that trtllm-build reads.
 Dialect = Literal["tensorrt-rtx", "tensorrt-llm"]
@@ -31,7 +38,7 @@ SAFETENSORS_16BIT = {"bf16": "BF16", "fp16": "F16"}
 
 @dataclass(frozen=True)
 class LinearForm:
-    """How one linear layer's weights are held. Everything but `format` is False or None in what we quantize ourselves.
+    """How one linear layer's weights are held. `order` and `row_scales` are False in what we quantize ourselves.
 
     `group_size` bounds the int4 groups (None: 128); a rank may need smaller ones. `zeros`: int4 values have a zero
     point in each group. `order`: the groups are over the input in another order (GPTQ's act-order). `row_scales`: fp8
@@ -104,7 +111,7 @@ class Precision:
             return self._forms[linear]
         if self.is_deferred:
             return LinearForm(self.dtype)
-        return LinearForm(as_format(self.weights), self.group_size)
+        return LinearForm(as_format(self.weights), self.group_size, zeros=self.weights in ASYMMETRIC)
 
     @property
     def is_deferred(self) -> bool:

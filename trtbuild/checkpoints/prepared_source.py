@@ -1,8 +1,9 @@
 """A checkpoint whose linear layers a calibration has quantized: conversion reads it as it reads any other.
 
 The calibration's folder holds a file for each decoder layer, layer-0003.safetensors: of each quantized source weight,
-by canonical name, `NAME.values` (int4, packed) and `NAME.scales`; and the unquantized weights that took up scales
-(norms, router, biases) under their own names. `facts.json` has errors and digests. All the rest is the checkpoint's.
+by canonical name, `NAME.values` (int4, packed), `NAME.scales` and, where it has zero points, `NAME.zeros` (int8); and
+the unquantized weights that took up scales (norms, router, biases) under their own names. `facts.json` has errors and
+digests. All the rest is the checkpoint's.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class PreparedSource:
         entries = self._mapped.entries
         group = 2 * entries[f"{canonical}.values"].spec.shape[1] // entries[f"{canonical}.scales"].spec.shape[1]
         return StoredWeight(
-            LinearForm("int4", group), facts["origin"],
+            LinearForm("int4", group, zeros=f"{canonical}.zeros" in entries), facts["origin"],
             error_squares=facts["error_squares"], weight_squares=facts["weight_squares"],
         )  # fmt: skip
 
@@ -101,7 +102,11 @@ class PreparedSource:
         if canonical not in self._facts:
             return self.base.stored_rows(canonical, start, stop)
         values = unpack_int4(self._mapped.rows(f"{canonical}.values", start, stop))
-        return QuantizedWeight(values, self._mapped.rows(f"{canonical}.scales", start, stop))
+        zeros = f"{canonical}.zeros"
+        return QuantizedWeight(
+            values, self._mapped.rows(f"{canonical}.scales", start, stop),
+            self._mapped.rows(zeros, start, stop) if zeros in self._mapped.entries else None,
+        )  # fmt: skip
 
     def rows(self, canonical: str, start: int, stop: int) -> torch.Tensor:
         """See `content.SourceReader`; a quantized weight dequantized, in its scales' type."""

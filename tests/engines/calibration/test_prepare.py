@@ -23,6 +23,7 @@ from trtbuild.checkpoints.shards import fill_from
 from trtbuild.checkpoints.source import CheckpointSource
 from trtbuild.checkpoints.tokenizer import load_tokenizer
 from trtbuild.engines.calibration import layer_quantizer, layers
+from trtbuild.engines.calibration.int4_grid import Grid
 from trtbuild.engines.calibration.layer_quantizer import METHODS, Method
 from trtbuild.engines.calibration.prepare import prepare, prepare_once
 from trtbuild.engines.calibration.smoothing import share_between_heads
@@ -66,10 +67,10 @@ def test_folded_scales_change_nothing(
     searched: list[torch.Tensor] = []
     search = layer_quantizer.search
 
-    def fine(weight: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
+    def fine(weight: torch.Tensor, grid: Grid) -> QuantizedWeight:
         """15 bits in place of 4."""
-        fine_scales = scales / 2048
-        groups = weight.unflatten(1, (scales.shape[1], -1)) / fine_scales.unsqueeze(-1)
+        fine_scales = grid.scales / 2048
+        groups = weight.unflatten(1, (fine_scales.shape[1], -1)) / fine_scales.unsqueeze(-1)
         return QuantizedWeight(groups.round().flatten(1).to(torch.int16), fine_scales)
 
     def powers_of_two(*arguments: Any) -> torch.Tensor:
@@ -77,11 +78,11 @@ def test_folded_scales_change_nothing(
         found = search(*arguments)
         if bool((found == 1).all()):
             found = arguments[1].clamp(min=1e-6) ** 0.5
-            found = share_between_heads(found, arguments[5]) if len(arguments) > 5 else found
+            found = share_between_heads(found, arguments[4]) if len(arguments) > 4 else found
         searched.append(2.0 ** found.log2().round())
         return searched[-1]
 
-    monkeypatch.setattr(layer_quantizer, "round_to_scales", fine)
+    monkeypatch.setattr(layer_quantizer, "round_to_grid", fine)
     monkeypatch.setattr(layer_quantizer, "search", powers_of_two)
     monkeypatch.setattr("trtbuild.engines.calibration.prepare.pack_int4", lambda values: values.contiguous())
     expected, errors = logits_of(uneven, uneven, "bf16"), {}
@@ -146,8 +147,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("precision", "damage"),
     [
-        ("int4-awq", None),
+        ("int4-awq-asym", None),
         ("int4-gptq", "hidden.safetensors"),
+        pytest.param("int4-awq", None, marks=pytest.mark.slow),
+        pytest.param("int4-gptq-asym", None, marks=pytest.mark.slow),
         pytest.param("int4-gptq", None, marks=pytest.mark.slow),
         pytest.param("int4-gptq", "layer-0000.safetensors", marks=pytest.mark.slow),
         pytest.param("int4-awq", "layer-0000.safetensors", marks=pytest.mark.slow),
@@ -187,13 +190,16 @@ def test_calibrated_values_lose_less_than_rounding(mixtral: PreparedSource, tmp_
     text = (TINY_MIXTRAL / "eval.txt").read_text()[20000:26000]
     tokens = load_tokenizer(source.directory)(text, add_special_tokens=False)["input_ids"]
     blocks = [tokens[start : start + 100] for start in range(0, 1000, 100)]
-    awq = prepare_once(source, TEXT, "int4-awq", tmp_path)
+    methods = ("int4-awq", "int4-awq-asym", "int4-gptq-asym")
+    readers = {"int4": source, "int4-gptq": mixtral}
+    readers |= {method: prepare_once(source, TEXT, method, tmp_path) for method in methods}
     exact = [logits_of(source, source, "bf16", block).log_softmax(-1) for block in blocks]
     lost = {}
-    for name, reader in (("rounded", source), ("awq", awq), ("gptq", mixtral)):
-        found = [logits_of(source, reader, "int4", block).log_softmax(-1) for block in blocks]
+    for name, reader in readers.items():
+        found = [logits_of(source, reader, name, block).log_softmax(-1) for block in blocks]
         lost[name] = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(exact, found, strict=True)) / 10
-    assert lost["gptq"] < lost["rounded"] and lost["awq"] < 0.95 * lost["rounded"], lost
+    assert lost["int4-gptq"] < lost["int4"] and lost["int4-awq"] < 0.95 * lost["int4"], lost
+    assert lost["int4-gptq-asym"] < lost["int4-gptq"] and lost["int4-awq-asym"] < lost["int4-awq"], lost
 
 
 def test_converted_to_any_layout_it_keeps_the_values(mixtral: PreparedSource, tmp_path: Path) -> None:
@@ -215,6 +221,26 @@ def test_converted_to_any_layout_it_keeps_the_values(mixtral: PreparedSource, tm
         seen = entry["calibration_tokens_per_expert"]
         # Two experts for each token.
         assert len(seen) == 8 and sum(seen) == 2 * sum(map(len, calibration_tokens(mixtral.base, TEXT)))
+
+
+def test_zero_points_reach_the_ranks_as_what_is_added(tmp_path: Path) -> None:
+    """-zero * scale in the 16-bit type, and weights that are worth what the calibration found, whatever the layout."""
+    source = CheckpointSource.open("tiny-mixtral")
+    prepared = prepare_once(source, TEXT, "int4-awq-asym", tmp_path)
+    stored = load_file(prepared.folder / "layer-0001.safetensors")
+    name = "layers.1.experts.5.down"
+    zeros, scales = stored[f"{name}.zeros"].float(), stored[f"{name}.scales"].float()
+    assert bool(zeros.any()) and zeros.min() >= -8 and zeros.max() <= 7
+    calibration = Calibration({"text": TEXT.digest}, dict, lambda: prepared)
+    for layout in (Layout.resolve(1), Layout.resolve(2)):
+        precision = Precision("int4-awq-asym", "bf16")
+        checkpoint = convert(source, tmp_path / f"tp{layout.tp}", layout, precision, calibration=calibration)
+        shift = torch.cat(
+            [checkpoint.tensor(rank, "transformer.layers.1.mlp.proj.zero")[5] for rank in range(layout.tp)], -1
+        )
+        repeats = shift.shape[1] // zeros.shape[1]
+        assert torch.equal(shift, (-zeros * scales).bfloat16().repeat_interleave(repeats, 1))
+        assert checkpoint.authority["tensors"]["transformer.layers.1.mlp.proj"]["origin"] == "int4-awq-asym"
 
 
 def test_every_expert_is_calibrated_even_one_that_the_router_never_takes(

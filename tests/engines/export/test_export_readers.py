@@ -152,25 +152,26 @@ def assert_same_ranks(first: RankCheckpoint, second: RankCheckpoint) -> None:
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             repeats = theirs[name].shape[-1] // tensor.shape[-1]
-            assert repeats == 1 or name.endswith("weights_scaling_factor")
+            assert repeats == 1 or name.endswith(("weights_scaling_factor", ".zero"))
             assert torch.equal(tensor.repeat_interleave(repeats, -1), theirs[name]), name
 
 
 def some_scales(_: Any, magnitude: torch.Tensor, *rest: Any) -> torch.Tensor:
     """A scale of its own for each channel, but for those of grouped heads."""
-    scale, fold = torch.linspace(0.6, 1.7, len(magnitude)), rest[3] if len(rest) > 3 else None
+    scale, fold = torch.linspace(0.6, 1.7, len(magnitude)), rest[2] if len(rest) > 2 else None
     return share_between_heads(scale, fold) if fold else scale
 
 
-def test_awq_is_exported_with_its_folded_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["int4-awq", "int4-awq-asym"])
+def test_awq_is_exported_with_its_folded_scales(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, router and biases took up scales: the export has the ranks' ones, and so computes what they do."""
     monkeypatch.setattr(layers, "calibration_tokens", lambda *_: [some_tokens(64, seed=seed) for seed in range(4)])
     # Random weights may need no scales at all.
     monkeypatch.setattr(layer_quantizer, "search", some_scales)
     plain, directory = converted(tmp_path, Case("mixtral", "bf16", changes=WIDE))
     source = CheckpointSource.open(str(directory))
-    prepared = prepare_once(source, CalibrationText("none", ""), "int4-awq", tmp_path / "calibration")
-    precision = Precision.resolve("int4-awq", "bf16")
+    prepared = prepare_once(source, CalibrationText("none", ""), method, tmp_path / "calibration")
+    precision = Precision.resolve(method, "bf16")
     calibration = Calibration({}, dict, lambda: prepared)
     checkpoint = convert(source, tmp_path / "awq", Layout(), precision, calibration=calibration)
     done = export_checkpoint(checkpoint, Companions((directory,)), tmp_path / "export")
@@ -192,7 +193,10 @@ def test_awq_is_exported_with_its_folded_scales(tmp_path: Path, monkeypatch: pyt
     assert routers == 3
 
 
-@pytest.mark.parametrize("name", ["w4a16-mixtral", "w4a16-llama", "w8a16-llama", "fp8-dynamic-llama", "fp8-mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16-mixtral", "w4a16-llama", "w4a16-asym-qwen2", "w8a16-llama", "fp8-dynamic-llama", "fp8-mixtral"],
+)
 def test_what_llm_compressor_made_comes_out_as_it_was(name: str, tmp_path: Path) -> None:
     """Through a rank checkpoint of two ranks: its codes and words to the bit, its scales as float32 or as they were."""
     directory, _, theirs, _ = tool_made(name)
@@ -208,18 +212,18 @@ def test_what_llm_compressor_made_comes_out_as_it_was(name: str, tmp_path: Path)
         if own.endswith((".weight", ".weight_packed", ".weight_shape")):
             assert torch.equal(found[own].view(torch.uint8), tensor.view(torch.uint8)), own
         elif "fp8-mixtral" not in name or own.endswith(".weight_scale"):
-            assert _same_scales(found[own], tensor), own
+            assert _same_groups(found[own], tensor), own
         compared += 1
     assert compared == len(found)
     assert_same_ranks(checkpoint, keep(tmp_path / "export", tmp_path / "again", Layout.resolve(2)))
 
 
-def _same_scales(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """int4's groups may be smaller than the tool's, and repeat its scales."""
+def _same_groups(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """int4's groups may be smaller than the tool's, and repeat its scales (and words of zero points)."""
     repeats = ours.shape[1] // theirs.shape[1] if ours.dim() == theirs.dim() > 1 else 1
     wide = theirs.repeat_interleave(repeats, 1) if repeats > 1 else theirs
     return torch.equal(
-        ours.float().flatten(), wide.float().flatten().expand(ours.numel() // wide.numel(), -1).flatten()
+        ours.double().flatten(), wide.double().flatten().expand(ours.numel() // wide.numel(), -1).flatten()
     )
 
 

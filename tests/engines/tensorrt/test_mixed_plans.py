@@ -67,6 +67,7 @@ def compiled(
         ("mistral", MIXED, 1),
         ("qwen2", {"": ZEROS}, 2),
         ("mixtral", {"": DYNAMIC}, 2),
+        ("mixtral", {"": ZEROS}, 2),
         ("mixtral", {"attention": PLAIN, "mlp.proj": DYNAMIC, "": INT4}, 1),
         ("qwen2_moe", {"attention": INT8, "mlp.shared_expert": PLAIN, "mlp.proj": ROWS, "": INT4}, 2),
         ("deepseek_v2", {"attention": DYNAMIC, "mlp.proj": INT8, "": INT4}, 2),

@@ -88,6 +88,7 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("mixtral --tp 3", "--tp 3"),
         ("deepseek-v2-lite", "its latent attention wants an absorbed query projection"),
         ("mixtral --precision int4-awq", "W4A16_AWQ) for experts"),
+        ("llama-3.1-8b --precision int4-gptq-asym", "use --precision int4-awq or int4-gptq for a 16-bit checkpoint"),
         ("mixtral --max-seq-len 100000", "--max-seq-len 100000: the model's positions end at 32768"),
         ("mixtral --max-seq-len 128 --max-input-len 128", "leaves no room for an answer"),
     ],

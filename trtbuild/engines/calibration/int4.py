@@ -1,4 +1,4 @@
-"""Calibrated int4: scales that clip where the layer's output gains by it, and error compensation.
+"""Second moments of a layer's inputs, and GPTQ's compensation of the rounding error by them.
 
 The error of a linear layer's output over the calibration tokens is tr(E H E^T), for the weight's error E [out, in] and
 the second moments H = X^T X [in, in] of the inputs. Everything here works on H alone; no activations are kept. H is
@@ -7,12 +7,13 @@ the largest thing in memory, and there is one: it is permuted and factored where
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from trtbuild.checkpoints.quantization import INT4_MAX, QuantizedWeight
+from trtbuild.checkpoints.quantization import QuantizedWeight
+from trtbuild.engines.calibration.int4_grid import HIGHEST, LOWEST, Grid
 
-# Shares of amax / 7 that are tried as a group's scale. 7/8 uses the value -8 in full.
-CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(10))
 # Added to the diagonal of H before it is factored, as a share of its mean.
 DAMPING = 0.01
 # Columns that are compensated at once, and those of the loop inside.
@@ -62,43 +63,7 @@ def add_ridge(moments: torch.Tensor, num_tokens: float) -> torch.Tensor:
     return moments
 
 
-def largest_scales(weight: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scales that clip nothing: amax / 7 of each row and group, [out, in / group], rounded to `dtype`, in float32."""
-    amax = weight.float().unflatten(1, (-1, group)).abs().amax(-1)
-    scales = (amax / INT4_MAX).to(dtype).float()
-    return torch.where(scales > 0, scales, 1.0)
-
-
-def choose_scales(
-    weight: torch.Tensor, moments: torch.Tensor, group: int, dtype: torch.dtype, ratios: tuple[float, ...] = CLIP_RATIOS
-) -> torch.Tensor:
-    """A scale for each row and group, [out, in / group], rounded to `dtype` and returned in float32.
-
-    Of amax / 7 times each ratio, the one with the least output error of the group alone, by its block of `moments`.
-    """
-    groups = weight.float().unflatten(1, (-1, group))
-    blocks = torch.stack([moments[i : i + group, i : i + group] for i in range(0, len(moments), group)])
-    amax = groups.abs().amax(-1) / INT4_MAX
-    best = torch.full_like(amax, torch.inf)
-    scales = torch.ones_like(amax)
-    for ratio in ratios:
-        tried = (amax * ratio).to(dtype).float()
-        tried = torch.where(tried > 0, tried, 1.0)
-        error = (groups / tried.unsqueeze(-1)).round_().clamp_(-8, 7).mul_(tried.unsqueeze(-1)).sub_(groups)
-        # [groups, out, group] x [groups, group, group]
-        loss = (torch.matmul(error.transpose(0, 1), blocks) * error.transpose(0, 1)).sum(-1).T
-        better = loss < best
-        best, scales = torch.where(better, loss, best), torch.where(better, tried, scales)
-    return scales
-
-
-def round_to_scales(weight: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
-    """The nearest value in [-8, 7] of each weight."""
-    groups = weight.float().unflatten(1, (scales.shape[1], -1))
-    return QuantizedWeight((groups / scales.unsqueeze(-1)).round_().clamp_(-8, 7).flatten(1).to(torch.int8), scales)
-
-
-def compensate(weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> QuantizedWeight:
+def compensate(weight: torch.Tensor, grid: Grid, moments: torch.Tensor) -> QuantizedWeight:
     """Round column by column, each time moving what was lost to the columns to come (GPTQ, arXiv 2210.17323).
 
     In the form of QuIP's LDLQ (arXiv 2307.13304), which rounds to the same values without an inverse:
@@ -109,40 +74,61 @@ def compensate(weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor
     order = moments.diagonal().argsort(descending=True)
     permute(moments, order)
     factor = unit_upper_factor(moments)
-    group = weight.shape[1] // scales.shape[1]
+    num_groups = grid.scales.shape[1]
     # Columns as rows: each is contiguous.
     columns = weight.float().T[order].contiguous()
-    groups = (order // group).tolist()
-    steps = scales.T.contiguous()
+    groups = (order // (weight.shape[1] // num_groups)).tolist()
+    steps = Steps.of(grid)
     errors, values = torch.empty_like(columns), torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     for start in range(0, len(columns), _BLOCK):
         stop = min(start + _BLOCK, len(columns))
         target = columns[start:stop].clone()
         target.addmm_(factor[:start, start:stop].T, errors[:start])
-        _round_block(target, columns, steps[groups[start:stop]], factor, errors, values, start)
+        _round_block(target, columns, steps.take(groups[start:stop]), factor, errors, values, start)
     natural = torch.empty_like(values)
     natural[order] = values
-    return QuantizedWeight(natural.T.contiguous(), scales)
+    found = natural.T.contiguous()
+    if grid.zeros is not None:
+        found.unflatten(1, (num_groups, -1)).add_(grid.zeros.to(torch.int8).unsqueeze(-1))
+    return QuantizedWeight(found, grid.scales, grid.zeros)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A grid for columns that are rows: value = scale * n for lowest <= n <= highest, each [groups or columns, out]."""
+
+    scales: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+
+    @classmethod
+    def of(cls, grid: Grid) -> Steps:
+        zeros = torch.zeros_like(grid.scales) if grid.zeros is None else grid.zeros
+        return cls(grid.scales.T.contiguous(), (LOWEST - zeros).T.contiguous(), (HIGHEST - zeros).T.contiguous())
+
+    def take(self, groups: list[int]) -> Steps:
+        """Those of each column, by its group."""
+        return Steps(self.scales[groups], self.lowest[groups], self.highest[groups])
 
 
 def _round_block(
     target: torch.Tensor,
     columns: torch.Tensor,
-    steps: torch.Tensor,
+    steps: Steps,
     factor: torch.Tensor,
     errors: torch.Tensor,
     values: torch.Tensor,
     start: int,
 ) -> None:
-    """Columns start.. of one block, with their scales `steps`, whose targets hold what earlier blocks lost."""
+    """Columns start.. of one block, whose targets hold what earlier blocks lost. `values` become the n of `Steps`."""
     size = len(target)
     for inner in range(0, size, _INNER):
         stop = min(inner + _INNER, size)
         for j in range(inner, stop):
             k = start + j
-            rounded = (target[j] / steps[j]).round_().clamp_(-8, 7)
+            rounded = (target[j] / steps.scales[j]).round_().clamp_(steps.lowest[j], steps.highest[j])
             values[k] = rounded
-            torch.addcmul(columns[k], rounded, steps[j], value=-1, out=errors[k])
+            torch.addcmul(columns[k], rounded, steps.scales[j], value=-1, out=errors[k])
             if j + 1 < stop:
                 target[j + 1 : stop].addr_(factor[k, k + 1 : start + stop], errors[k])
         done = slice(start + inner, start + stop)

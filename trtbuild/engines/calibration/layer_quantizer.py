@@ -10,7 +10,8 @@ from trtbuild.checkpoints.precision import int4_group
 from trtbuild.checkpoints.quantization import QuantizedWeight
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.engines.calibration.inputs import Inputs
-from trtbuild.engines.calibration.int4 import choose_scales, compensate, largest_scales, round_to_scales
+from trtbuild.engines.calibration.int4 import compensate
+from trtbuild.engines.calibration.int4_grid import GridForm, choose_grid, round_to_grid, widest_grid
 from trtbuild.engines.calibration.memory import trim_heap
 from trtbuild.engines.calibration.smoothing import RowFold, folds, search
 from trtbuild.engines.reference.torch_weights import TorchWeights
@@ -24,13 +25,20 @@ class Method:
     smooth: with AWQ's scales, folded into what comes before; a mixture of experts is clipped too, a dense model is not
     (engines/README.md has what was measured).
     compensate: with GPTQ's compensation of the rounding error, after a search of where to clip.
+    zero_points: each group has one.
     """
 
     smooth: bool
     compensate: bool
+    zero_points: bool = False
 
 
-METHODS = {"int4-awq": Method(smooth=True, compensate=False), "int4-gptq": Method(smooth=False, compensate=True)}
+METHODS = {
+    "int4-awq": Method(smooth=True, compensate=False),
+    "int4-awq-asym": Method(smooth=True, compensate=False, zero_points=True),
+    "int4-gptq": Method(smooth=False, compensate=True),
+    "int4-gptq-asym": Method(smooth=False, compensate=True, zero_points=True),
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,7 @@ class LayerQuantizer:
         """Choose the scales of a norm by all of its output, before its first reader sees a part of it."""
         if self._method.smooth:
             linear = self._linears[name.removeprefix(self._prefix)]
-            group = int4_group(linear.in_features, linear.global_name)
-            self._input_scale(name.removeprefix(self._prefix), None, inputs, group)
+            self._input_scale(name.removeprefix(self._prefix), None, inputs, self._form(linear))
 
     def weight(self, linear: Linear, expert: int | None, inputs: Inputs) -> torch.Tensor:
         """Quantize one matrix for its inputs: what it is worth in the original network, float32 [out, in].
@@ -103,11 +110,11 @@ class LayerQuantizer:
             raise CheckpointError(
                 f"calibration: the input of {linear.global_name} is not finite; the checkpoint or its dtype is damaged"
             )
-        group = int4_group(linear.in_features, linear.global_name)
-        scale = self._input_scale(name, expert, inputs, group)
+        form = self._form(linear)
+        scale = self._input_scale(name, expert, inputs, form)
         matrix = self._matrix(name, expert).float()
         clip = self._method.compensate or self._weights.plan.config.moe is not None
-        found = self._rounded(matrix if scale is None else matrix * scale, scale, inputs, group, clip=clip)
+        found = self._rounded(matrix if scale is None else matrix * scale, scale, inputs, form, clip=clip)
         self._found[name, expert] = found
         effective = found.dequantize()
         if scale is not None:
@@ -116,23 +123,27 @@ class LayerQuantizer:
         return effective
 
     def _rounded(
-        self, matrix: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, group: int, *, clip: bool
+        self, matrix: torch.Tensor, scale: torch.Tensor | None, inputs: Inputs, form: GridForm, *, clip: bool
     ) -> QuantizedWeight:
         """A matrix [out, in] that `scale` has been multiplied into."""
         if not clip:
-            return round_to_scales(matrix, largest_scales(matrix, group, self._dtype))
+            return round_to_grid(matrix, widest_grid(matrix, form))
         # What is fitted closely needs the ridge; a choice of ten steps does not.
         second = inputs.moments(ridge=self._method.compensate)
         if scale is not None:
             second.div_(scale).div_(scale.unsqueeze(-1))
-        steps = choose_scales(matrix, second, group, self._dtype)
-        return compensate(matrix, steps, second) if self._method.compensate else round_to_scales(matrix, steps)
+        grid = choose_grid(matrix, second, form)
+        return compensate(matrix, grid, second) if self._method.compensate else round_to_grid(matrix, grid)
+
+    def _form(self, linear: Linear) -> GridForm:
+        group = int4_group(linear.in_features, linear.global_name)
+        return GridForm(group, self._dtype, self._method.zero_points)
 
     def _matrix(self, name: str, expert: int | None) -> torch.Tensor:
         weight = self._weights.linears[self._prefix + name].weight
         return weight if expert is None else weight[expert]
 
-    def _input_scale(self, name: str, expert: int | None, inputs: Inputs, group: int) -> torch.Tensor | None:
+    def _input_scale(self, name: str, expert: int | None, inputs: Inputs, form: GridForm) -> torch.Tensor | None:
         """s [in] of a layer's input, None where it stays as it is; the same for all layers that read one norm."""
         if not self._method.smooth:
             return None
@@ -140,13 +151,13 @@ class LayerQuantizer:
             if name in fold.linears:
                 if fold.norm not in self._norm_scales:
                     readers = self._readers(fold.linears)
-                    found = search(readers, inputs.magnitude(), inputs.sample(), group, self._dtype)
+                    found = search(readers, inputs.magnitude(), inputs.sample(), form)
                     self._norm_scales[fold.norm] = self._representable(fold.norm, found)
                 return self._norm_scales[fold.norm]
         for fold in self._row_folds:
             if name == fold.linear:
                 matrix, magnitude = self._matrix(name, expert), inputs.magnitude()
-                found = search([matrix], magnitude, inputs.sample(), group, self._dtype, fold)
+                found = search([matrix], magnitude, inputs.sample(), form, fold)
                 self._divide_rows(fold, expert, found)
                 return found
         return None
@@ -179,7 +190,7 @@ class LayerQuantizer:
         for (name, expert), found in self._found.items():
             rows = self._row_scales.get((name, expert))
             scales = found.scales if rows is None else found.scales / rows.unsqueeze(-1)
-            whole = QuantizedWeight(found.values, scales.to(self._dtype))
+            whole = QuantizedWeight(found.values, scales.to(self._dtype), found.zeros)
             self._split(result, self._linears[name], expert, whole, self._errors[name, expert])
             if rows is not None and self._linears[name].has_bias:
                 self._split_bias(result, self._linears[name], rows)
@@ -196,8 +207,9 @@ class LayerQuantizer:
         """Cut a fused matrix back into its sources."""
         for source, rows in _sources(linear, expert).items():
             cut = QuantizedWeight(
-                torch.cat([whole.values[part] for part in rows]).contiguous(),
-                torch.cat([whole.scales[part] for part in rows]).contiguous(),
+                torch.cat([whole.values[part] for part in rows]),
+                torch.cat([whole.scales[part] for part in rows]),
+                None if whole.zeros is None else torch.cat([whole.zeros[part] for part in rows]),
             )
             error, weight = (float(sum(float(errors[i, part].sum()) for part in rows)) for i in (0, 1))
             result.stored[source] = StoredPart(cut, error, weight)

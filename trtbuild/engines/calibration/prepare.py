@@ -138,6 +138,8 @@ def _save_layer(directory: Path, source: CheckpointSource, layer: int, result: L
     for name, part in result.stored.items():
         tensors[f"{name}.values"] = pack_int4(part.weight.values.cpu())
         tensors[f"{name}.scales"] = part.weight.scales.cpu()
+        if part.weight.zeros is not None:
+            tensors[f"{name}.zeros"] = part.weight.zeros.to(torch.int8).cpu()
         facts[name] = {
             "origin": origin, "digest": source_digest(source, name),
             "error_squares": part.error_squares, "weight_squares": part.weight_squares,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.engines.calibration.int4 import largest_scales, round_to_scales
+from trtbuild.engines.calibration.int4_grid import GridForm, round_to_grid, widest_grid
 
 # How much of a scale comes from the inputs; the rest is the weights'.
 EXPONENTS = tuple(i / 20 for i in range(21))
@@ -84,8 +84,7 @@ def search(
     readers: Sequence[torch.Tensor],
     magnitude: torch.Tensor,
     tokens: torch.Tensor,
-    group: int,
-    dtype: torch.dtype,
+    form: GridForm,
     fold: RowFold | None = None,
 ) -> torch.Tensor:
     """One scale s [in] for all `readers` of an input (each [out, in]): x / s is the mean of what each alone would take.
@@ -98,7 +97,7 @@ def search(
     tokens = tokens.float().T
     divided = torch.zeros_like(magnitude)
     for weight in readers:
-        divided += 1 / _best_scale(weight, magnitude, tokens, group, dtype, fold, rows)
+        divided += 1 / _best_scale(weight, magnitude, tokens, form, fold, rows)
     return len(readers) / divided
 
 
@@ -106,8 +105,7 @@ def _best_scale(
     weight: torch.Tensor,
     magnitude: torch.Tensor,
     tokens: torch.Tensor,
-    group: int,
-    dtype: torch.dtype,
+    form: GridForm,
     fold: RowFold | None,
     num_rows: int,
 ) -> torch.Tensor:
@@ -115,7 +113,7 @@ def _best_scale(
 
     |w| is the mean over the rows, each value as a share of its group's largest.
     """
-    shares = torch.cat([_shares(part, group) for part in weight.split(_ROWS_IN_ALL)]).mean(0)
+    shares = torch.cat([_shares(part, form.group) for part in weight.split(_ROWS_IN_ALL)]).mean(0)
     if fold:
         magnitude, shares = share_between_heads(magnitude, fold), share_between_heads(shares, fold)
     rows = weight[:: max(1, len(weight) // num_rows)].float()
@@ -126,7 +124,7 @@ def _best_scale(
         scale = torch.ones_like(base) if exponent is None else base**exponent / shares ** (1 - exponent)
         scale = scale / (scale.max() * scale.min()).sqrt()
         scaled = rows * scale
-        error = (round_to_scales(scaled, largest_scales(scaled, group, dtype)).dequantize() / scale).sub_(rows)
+        error = (round_to_grid(scaled, widest_grid(scaled, form)).dequantize() / scale).sub_(rows)
         loss = float((error @ tokens).square().sum())
         if loss < best:
             best, chosen = loss, scale

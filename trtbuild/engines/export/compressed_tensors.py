@@ -2,8 +2,9 @@
 
     fp8, fp8-dynamic   X.weight F8_E4M3 [out, in]   X.weight_scale F32 [1] or [out, 1]   (X.input_scale F32 [1])
     int4, int8         X.weight_packed I32 [out, in * bits / 32]   X.weight_scale [out, groups]   X.weight_shape I64 [2]
+                       (X.weight_zero_point I32 [out / 8, groups])
 
-A packed word holds the lowest column in its lowest bits, each code plus half its range.
+A packed word holds the lowest column (of zero points the lowest row) in its lowest bits, each code plus half its range.
 """
 
 from __future__ import annotations
@@ -48,10 +49,9 @@ def _loads_in(formats: set[FormatName], group_size: int | None) -> tuple[str, ..
 
 def _problems(quantized: list[Module]) -> Iterator[str]:
     for module in quantized:
-        if module.form.zeros or module.form.order:
-            what = "act-order" if module.form.order else "zero points"
+        if module.form.order:
             yield (
-                f"{module.name} has {what}, kept from a checkpoint that was quantized before; that checkpoint "
+                f"{module.name} has act-order, kept from a checkpoint that was quantized before; that checkpoint "
                 "itself is what other engines load"
             )
             return
@@ -81,9 +81,31 @@ def _tensors(modules: ModuleList, module: Module) -> Iterator[ExportTensor]:
     yield ExportTensor(spec, packed)
     if bits == 4:
         yield modules.group_scales(module)
+        if module.form.zeros:
+            yield _zero_points(modules, module)
     else:
         yield _column(modules, module, "per_channel_scale")
     yield constant(f"{name}.weight_shape", "I64", (2,), torch.tensor([rows, columns]))
+
+
+def _zero_points(modules: ModuleList, module: Module) -> ExportTensor:
+    """Eight rows in a word. Ranks hold -zero * scale, rounded by less than the distance of two zero points."""
+    rows, spread = module.shape[0], modules.repeats(module)
+
+    def words(start: int, stop: int) -> torch.Tensor:
+        part = (module.weight, 8 * start, min(8 * stop, rows))
+        shifts, scales = (
+            modules.parts.rows(part[0], role, *part[1:]).float() for role in ("zero", "weights_scaling_factor")
+        )
+        codes = torch.full((8 * (stop - start), shifts.shape[1]), 8, dtype=torch.int32)
+        codes[: len(shifts)] -= (shifts / scales).round().to(torch.int32)
+        places = torch.arange(0, 32, 4, dtype=torch.int32).view(1, 8, 1)
+        # Nibbles share no bit: their sum is the word.
+        packed = (codes.unflatten(0, (-1, 8)) << places).sum(1, dtype=torch.int32)
+        return packed.repeat_interleave(spread, 1)
+
+    shape = (-(-rows // 8), module.shape[1] // (module.group_size or 1))
+    return ExportTensor(TensorSpec(f"{module.name}.weight_zero_point", "I32", shape), words)
 
 
 def _float_scales(modules: ModuleList, module: Module) -> Iterator[ExportTensor]:
@@ -107,7 +129,7 @@ def _config(quantized: list[Module], ignored: list[str]) -> dict[str, Any]:
     """One group for all linear modules, or, where they are quantized differently, one with names for each form."""
     by_form: dict[tuple[LinearForm, int | None], list[str]] = {}
     for module in quantized:
-        form = LinearForm(module.form.format, row_scales=module.form.row_scales)
+        form = LinearForm(module.form.format, zeros=module.form.zeros, row_scales=module.form.row_scales)
         by_form.setdefault((form, module.group_size), []).append(module.name)
     groups = {
         f"group_{index}": _group(form, size, ["Linear"] if len(by_form) == 1 else names)
@@ -135,7 +157,7 @@ def _group(form: LinearForm, group_size: int | None, targets: list[str]) -> dict
     elif form.format == "int8":
         weights = _arguments("int", 8, "channel")
     else:
-        weights = _arguments("int", 4, "group", group_size=group_size)
+        weights = _arguments("int", 4, "group", group_size=group_size, symmetric=not form.zeros)
     return {
         "targets": targets,
         "format": _FLOAT if inputs else _PACKED,
@@ -146,9 +168,9 @@ def _group(form: LinearForm, group_size: int | None, targets: list[str]) -> dict
 
 
 def _arguments(
-    kind: str, bits: int, strategy: str, *, group_size: int | None = None, dynamic: bool = False
+    kind: str, bits: int, strategy: str, *, group_size: int | None = None, symmetric: bool = True, dynamic: bool = False
 ) -> dict[str, Any]:
     return {
-        "type": kind, "num_bits": bits, "strategy": strategy, "group_size": group_size, "symmetric": True,
+        "type": kind, "num_bits": bits, "strategy": strategy, "group_size": group_size, "symmetric": symmetric,
         "dynamic": dynamic, "actorder": None, "block_structure": None, "observer": None, "observer_kwargs": {},
     }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trtbuild import __version__
-from trtbuild.checkpoints.precision import FormatName
+from trtbuild.checkpoints.precision import FormatName, LinearForm
 from trtbuild.checkpoints.rank_tensors import TensorSpec
 from trtbuild.checkpoints.safetensors_file import torch_dtype
 from trtbuild.engines.export.modules import Module, ModuleList
@@ -83,10 +83,7 @@ def _problems(quantized: list[Module]) -> Iterator[str]:
         yield f"int4 in groups of {size}; TensorRT-LLM computes {_KERNEL_GROUPS}: convert with --tp 1, or {other}"
     for module in quantized:
         if module.form.zeros or module.form.order or module.form.row_scales:
-            yield (
-                f"{module.name} was quantized before, and has zero points, act-order, or static fp8 scales for each "
-                "row, which this form has not; other engines load the source checkpoint itself"
-            )
+            yield f"{module.name} has {_foreign(module.form)}, which this form has not; {other}"
             return
         if module.form.format == "int4" and module.shape[0] % 2:
             yield f"{module.name} has {module.shape[0]} outputs; int4 packs pairs of them; {other}"
@@ -96,6 +93,10 @@ def _problems(quantized: list[Module]) -> Iterator[str]:
                 f"(W4A16_AWQ); --precision fp8, or {other}, for vLLM and SGLang"
             )
             return
+
+
+def _foreign(form: LinearForm) -> str:
+    return "zero points" if form.zeros else "act-order" if form.order else "static fp8 scales for each row"
 
 
 def _tensors(modules: ModuleList, module: Module) -> Iterator[ExportTensor]:

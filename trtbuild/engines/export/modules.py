@@ -75,9 +75,8 @@ class ModuleList:
 
     def group_scales(self, module: Module) -> ExportTensor:
         """int4's scales [out, in / group_size]."""
-        linear = module.weight.linear
-        assert linear is not None and linear.group_size and module.group_size
-        repeats = linear.group_size // module.group_size
+        assert module.group_size
+        repeats = self.repeats(module)
         spec = TensorSpec(
             f"{module.name}.weight_scale", self.dtype, (module.shape[0], module.shape[1] // module.group_size)
         )
@@ -85,6 +84,12 @@ class ModuleList:
             spec,
             self.rows_of(module.weight, "weights_scaling_factor", lambda rows: rows.repeat_interleave(repeats, 1)),
         )
+
+    def repeats(self, module: Module) -> int:
+        """Groups of the export for each of the ranks'."""
+        linear = module.weight.linear
+        assert linear is not None and linear.group_size and module.group_size
+        return linear.group_size // module.group_size
 
     def notes(self) -> Iterator[str]:
         """What is not to the bit: routers that took up AWQ's scales are float32 with us."""

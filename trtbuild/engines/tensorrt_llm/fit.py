@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from trtbuild.checkpoints.layout import Layout
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import Precision
+from trtbuild.checkpoints.precision import CALIBRATED, Precision
 from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.rank_tensors import Linear
 from trtbuild.errors import refuse_all
 
+_CALIBRATED_INT4 = [name for name in CALIBRATED if name != "auto"]
 # Groups that its weight-only kernels have.
 _GROUPS = (128, 64)
 # Rows and columns that the mixed-precision kernels take at once.
@@ -27,7 +28,7 @@ def for_tensorrt_llm(precision: Precision, config: ModelConfig, layout: Layout, 
     W4A16_AWQ, with one group size for all layers.
     """
     found = replace(precision, dialect="tensorrt-llm", fp8_cache=kv_cache == "fp8")
-    if found.weights in ("int4-awq", "int4-gptq") or any(form.format == "int4" for _, form in found.modules):
+    if found.weights in _CALIBRATED_INT4 or any(form.format == "int4" for _, form in found.modules):
         found = _with_one_group(found, config, layout)
     refuse_all("--builder tensorrt-llm", [*_model_problems(config, found), *_problems(found, config, layout, kv_cache)])
     return found
@@ -83,8 +84,8 @@ def _problems(precision: Precision, config: ModelConfig, layout: Layout, kv_cach
         yield f"the checkpoint mixes {', '.join(sorted(formats))}; 1.x engines of trtbuild have one, give --precision"
     if any(linear.form.zeros or linear.form.order for linear in linears):
         yield (
-            "the checkpoint's int4 groups have zero points or act-order, which trtllm-build reads only after a "
-            "permutation for one GPU; give --precision int4, int8 or fp8 to encode them again"
+            "int4 groups with zero points or act-order, which trtllm-build reads only after a permutation for one GPU; "
+            "use --precision int4-awq or int4-gptq for a 16-bit checkpoint, int4, int8 or fp8 to encode others again"
         )
     if any(linear.form.row_scales for linear in linears):
         yield "the checkpoint's fp8 has static activations and a scale for every row; give --precision fp8"
