@@ -82,6 +82,14 @@ class Service:
             self.process.kill()
 
 
+def is_running(process: psutil.Process) -> bool:
+    """A zombie is not: of a killed parent's children nobody may take notice."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from served import SLOW_STEPS, Service
+from served import SLOW_STEPS, Service, is_running
 
 from trtbuild.errors import Refused, TrtBuildError, Unavailable
 from trtbuild.triton_repo.client import TritonClient
@@ -19,6 +19,7 @@ from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.package import package_engines
 from trtbuild.triton_repo.serve import ServeOptions
 from trtbuild.triton_repo.serve import serve as serve_repository
+from trtbuild.triton_repo.triton_process import Ports
 from trtbuild.workspace import Workspace
 
 LONG = {"text_input": "Long", "max_tokens": 390, "stream": True, "ignore_eos": True}
@@ -97,6 +98,22 @@ def test_killed_processes(serve: Callable[..., Service]) -> None:
             assert "loaded mixtral" not in service.log_text()[log_before:], "the engine was loaded again"
     service.wait_for_metrics(engine_up=1, requests_active=0)
     assert service.close() == 0
+
+
+def test_nothing_outlives_a_killed_serve(serve: Callable[..., Service]) -> None:
+    """SIGKILL, which `serve` cannot pass on: Triton, its stubs, the front end and the engine's worker end anyway."""
+    service = serve("--openai-port", str(Ports.free().http))
+    started = service.processes("")
+    names = " ".join(" ".join(one.cmdline()) for one in started)
+    assert all(part in names for part in ("tritonserver", "backend_stub", "openai.server", "serving.worker")), names
+    streams = Streams(service, 2)
+    service.process.kill()
+    service.process.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, started)):
+        assert time.monotonic() < deadline, [one for one in started if is_running(one)]
+        time.sleep(0.1)
+    streams.join()
 
 
 def test_terminated_under_load(serve: Callable[..., Service]) -> None:

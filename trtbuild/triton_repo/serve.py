@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 
+from trtbuild.ends_with_parent import tied
 from trtbuild.errors import Refused, TrtBuildError, refuse_all
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.triton_repo.installation import TritonInstallation
@@ -163,7 +164,7 @@ def start_front_end(options: ServeOptions, running: ExitStack) -> subprocess.Pop
         "--host", ports.host, "--port", str(options.openai_port),
         "--exit-timeout", str(options.exit_timeout_s), "--ready-fd", str(write_fd), *options.openai_arguments,
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(write_fd,), start_new_session=True)
+    process = subprocess.Popen(tied(command), stdin=subprocess.DEVNULL, pass_fds=(write_fd,), start_new_session=True)
     os.close(write_fd)
     running.callback(lambda: _end(process))
     with os.fdopen(read_fd, encoding="utf-8") as pipe:

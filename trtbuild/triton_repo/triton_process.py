@@ -21,6 +21,7 @@ from types import TracebackType
 
 import psutil
 
+from trtbuild.ends_with_parent import tied
 from trtbuild.errors import TrtBuildError
 from trtbuild.triton_repo.installation import TritonInstallation
 from trtbuild.triton_repo.stub_processes import GROUP_VARIABLE, LOG_FORMAT_VARIABLE, STUBS_VARIABLE, find_dead
@@ -65,7 +66,7 @@ class Ports:
 
 
 class TritonProcess:
-    """A running server; a context manager that ends it.
+    """A running server; a context manager that ends it. It also ends when the thread that started it does.
 
     `echo` gets each line of its log. Its stubs leave a mark each while they live, see `dead_stub`.
     """
@@ -93,7 +94,7 @@ class TritonProcess:
         environment = {**os.environ, **self._added_environment(), **marks, LOG_FORMAT_VARIABLE: log_format}
         # Its own session: a Ctrl-C reaches us, and we stop it in order.
         self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            tied(command), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(echo,), name="triton-log", daemon=True)

@@ -6,12 +6,10 @@ killed continues with what has no record; a plan whose inputs changed has anothe
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +21,7 @@ from typing import cast
 
 from trtbuild.checkpoints.rank_checkpoint import WeightReader
 from trtbuild.checkpoints.rank_tensors import RankPlan
+from trtbuild.ends_with_parent import end_with_parent
 from trtbuild.engines.tensorrt.plan_record import PlanRecord
 from trtbuild.engines.tensorrt.plan_tasks import BuildOptions, PlanTask, plan_tasks
 from trtbuild.errors import EngineBuildError, TrtBuildError
@@ -184,7 +183,8 @@ def _without_ctrl_c() -> Iterator[None]:
 def _child_main(
     connection: Connection, parent: int, task: PlanTask, directory: Path, open_reader: ReaderFactory | None
 ) -> None:
-    _die_with(parent)
+    # A build takes minutes and gigabytes.
+    end_with_parent(signal.SIGKILL, parent)
     try:
         outcome = build_one(task, directory, open_reader)
     except TrtBuildError as error:
@@ -195,16 +195,6 @@ def _child_main(
     # The parent may be gone: then nobody wants to know.
     with suppress(BrokenPipeError):
         connection.send(outcome)
-
-
-def _die_with(parent: int) -> None:
-    """Have Linux kill this process when `parent` dies, however that happens: a build takes minutes and gigabytes."""
-    if sys.platform != "linux":
-        return
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def build_one(task: PlanTask, directory: Path, open_reader: ReaderFactory | None) -> PlanRecord:

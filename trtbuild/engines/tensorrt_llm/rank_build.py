@@ -7,13 +7,12 @@ first visible GPU. The flags are trtllm-build's.
 
 from __future__ import annotations
 
-import ctypes
+import os
 import signal
 import sys
 from typing import Any
 
-# prctl's option (linux/prctl.h): a signal for this process when its parent ends.
-_PR_SET_PDEATHSIG = 1
+from trtbuild.ends_with_parent import end_with_parent
 
 
 def build_rank(rank: int) -> None:
@@ -50,7 +49,7 @@ def main() -> None:
     if len(sys.argv) < 2 or not sys.argv[1].isdecimal():
         sys.exit("usage: python -m trtbuild.engines.tensorrt_llm.rank_build RANK FLAGS-OF-TRTLLM-BUILD")
     # Nobody waits for an engine whose trtbuild was killed, and the next one builds in the same place.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL, os.getppid())
     rank = int(sys.argv.pop(1))
     sys.argv[0] = "trtllm-build"
     build_rank(rank)
