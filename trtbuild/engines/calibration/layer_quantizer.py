@@ -128,8 +128,7 @@ class LayerQuantizer:
         """A matrix [out, in] that `scale` has been multiplied into."""
         if not clip:
             return round_to_grid(matrix, widest_grid(matrix, form))
-        # What is fitted closely needs the ridge; a choice of ten steps does not.
-        second = inputs.moments(ridge=self._method.compensate)
+        second = inputs.moments(fitted=self._method.compensate)
         if scale is not None:
             second.div_(scale).div_(scale.unsqueeze(-1))
         grid = choose_grid(matrix, second, form)

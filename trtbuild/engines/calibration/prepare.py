@@ -39,7 +39,7 @@ from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import digest_of, staged, write_atomic, write_json
 
 # Raised when the algorithm changes what it gives for the same input.
-_ALGORITHM_VERSION = 5
+_ALGORITHM_VERSION = 6
 _HIDDEN = "hidden.safetensors"
 
 

@@ -7,14 +7,14 @@ quantized weights: what comes after it is calibrated on what it will really get.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.nn import functional
 
 from trtbuild.checkpoints.model_config import MoeConfig
-from trtbuild.engines.calibration.inputs import CHUNK, Inputs
+from trtbuild.engines.calibration.inputs import CHUNK, Inputs, Tokens
 from trtbuild.engines.calibration.layer_quantizer import LayerQuantizer
 from trtbuild.engines.reference.torch_ops import Ranks, TorchOps
 from trtbuild.engines.reference.torch_weights import TorchLinear
@@ -39,7 +39,7 @@ class QuantizingOps(TorchOps):
         flat = value.flatten(0, -2)
         if not self._quantizer.takes(layer.linear):
             return [keep_on(layer, None, flat).unflatten(0, value.shape[:-1])]
-        weight = self._quantizer.weight(layer.linear, None, Inputs([(flat, 1.0)]))
+        weight = self._quantizer.weight(layer.linear, None, Inputs([Tokens(flat, first=_firsts(value))]))
         return [multiply(flat, weight).unflatten(0, value.shape[:-1])]
 
     def silu(self, x: Ranks) -> Ranks:
@@ -50,24 +50,24 @@ class QuantizingOps(TorchOps):
         return [x[0].mul_(y[0])]
 
     def experts(self, x: Ranks, name: str, scores: Ranks, indices: Ranks, moe: MoeConfig) -> Ranks:
-        flat = x[0].flatten(0, 1)
         self._quantizer.count_tokens(indices[0], moe.num_experts)
-        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), Inputs([(flat, 1.0)]))
+        seen = Inputs([Tokens(x[0].flatten(0, 1), first=_firsts(x[0]))])
+        self._quantizer.prepare(self.segment.checkpoint_name(f"{name}.fc"), seen)
         return super().experts(x, name, scores, indices, moe)
 
     def _rank_experts(
         self, x: torch.Tensor, scores: torch.Tensor, indices: torch.Tensor, fc: TorchLinear, proj: TorchLinear
     ) -> torch.Tensor:
         assert fc.linear is not None and proj.linear is not None
-        flat = x.flatten(0, 1)
+        flat, first = x.flatten(0, 1), _firsts(x)
         total = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
-        unrouted = flat[::UNROUTED_STRIDE]
+        unrouted = Tokens(flat[::UNROUTED_STRIDE], UNROUTED_WEIGHT, first[::UNROUTED_STRIDE])
         for expert in range(fc.linear.num_experts or 0):
             tokens, choice = torch.where(indices == expert)
             share = scores[tokens, choice].unsqueeze(-1)
             routed = flat[tokens]
             # A routed token counts by the square of its score, which scales its error.
-            weighted = [(routed, share.squeeze(-1).float().square()), (unrouted, UNROUTED_WEIGHT)]
+            weighted = [Tokens(routed, share.squeeze(-1).float().square(), first[tokens]), unrouted]
             up, down = self._quantize_expert(fc, proj, expert, weighted)
             total.index_add_(0, tokens, down(_gated(up(routed))).float() * share)
         return total.to(x.dtype).view_as(x)
@@ -77,9 +77,9 @@ class QuantizingOps(TorchOps):
         fc: TorchLinear,
         proj: TorchLinear,
         expert: int,
-        tokens: Sequence[tuple[torch.Tensor, torch.Tensor | float]],
+        tokens: Sequence[Tokens],
     ) -> tuple[Product, Product]:
-        """Both matrices of an expert, for tokens with weights."""
+        """Both matrices of an expert."""
 
         def product(layer: TorchLinear, inputs: Inputs) -> Product:
             assert layer.linear is not None
@@ -88,12 +88,17 @@ class QuantizingOps(TorchOps):
             return partial(multiply, weight=self._quantizer.weight(layer.linear, expert, inputs))
 
         up = product(fc, Inputs(tokens))
-        return up, product(proj, Inputs([(_gated(up(x)), weight) for x, weight in tokens]))
+        return up, product(proj, Inputs([replace(part, x=_gated(up(part.x))) for part in tokens]))
 
     @property
     def _quantizer(self) -> LayerQuantizer:
         assert self.quantizer is not None
         return self.quantizer
+
+
+def _firsts(x: torch.Tensor) -> torch.Tensor:
+    """Which tokens of x [sequences, length, ...] are the first of theirs: bool [sequences * length]."""
+    return torch.arange(x.shape[0] * x.shape[1], device=x.device) % x.shape[1] == 0
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
