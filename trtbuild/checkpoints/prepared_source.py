@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtbuild.checkpoints.model_config import ModelConfig
-from trtbuild.checkpoints.precision import LinearForm
+from trtbuild.checkpoints.precision import LinearForm, PrecisionName
 from trtbuild.checkpoints.quantization import QuantizedWeight, StoredWeight, unpack_int4
 from trtbuild.checkpoints.safetensors_file import MappedTensors, TensorEntry, read_header
 from trtbuild.checkpoints.source import CheckpointSource
@@ -73,6 +73,11 @@ class PreparedSource:
         """By canonical name, of what is taken from the calibration: digest of the original, origin, squared errors."""
         facts = self._all_facts["tensors"]
         return facts if self.only is None else {name: facts[name] for name in self.only}
+
+    @property
+    def method(self) -> PrecisionName:
+        """The precision that it was calibrated for."""
+        return next(facts["origin"] for facts in self._all_facts["tensors"].values() if "origin" in facts)
 
     @cached_property
     def _mapped(self) -> MappedTensors:

@@ -14,7 +14,7 @@ from trtbuild.checkpoints.content import SourceReader
 from trtbuild.checkpoints.convert import ActivationRange, Calibration
 from trtbuild.checkpoints.kept_precision import activation_ranges, kept_precision
 from trtbuild.checkpoints.layout import Layout
-from trtbuild.checkpoints.precision import CALIBRATED, FormatName, LinearForm, Precision, PrecisionName
+from trtbuild.checkpoints.precision import ASYMMETRIC, CALIBRATED, FormatName, LinearForm, Precision, PrecisionName
 from trtbuild.checkpoints.prepared_source import PreparedSource
 from trtbuild.checkpoints.rank_plan import plan_rank
 from trtbuild.checkpoints.rank_tensors import Linear, RankPlan
@@ -29,8 +29,9 @@ from trtbuild.errors import Refused
 from trtbuild.progress import ProgressFactory, no_progress
 from trtbuild.workspace import Workspace
 
-# How a mixture's int4 values are found.
-MIXTURE_INT4 = "int4-gptq"
+# How a mixture's int4 values are found: with zero points, which lose less for their bytes than larger formats do, where
+# the budget has room for them.
+MIXTURE_INT4: tuple[PrecisionName, PrecisionName] = ("int4-gptq-asym", "int4-gptq")
 
 
 def resolve_precision(name: PrecisionName | None, source: CheckpointSource, *, weights: bool = True) -> Precision:
@@ -81,7 +82,10 @@ def calibration_of(
         )  # fmt: skip
     method, mixture = precision.weights, None
     if precision.weights == "auto":
-        method, mixture = MIXTURE_INT4, dict(precision.modules)
+        mixture = dict(precision.modules)
+        # One without int4 had room for zero points.
+        without = any(form.format == "int4" and not form.zeros for form in mixture.values())
+        method = MIXTURE_INT4[1 if without else 0]
         identity["calibrated_in"] = "its mixture"
 
     def prepare() -> PreparedSource:
@@ -144,12 +148,16 @@ def choose_mixture(
 
     `max_loss` is a share of perplexity. Raises Refused where they cannot be met.
     """
-    prepared = prepare_once(source, text, MIXTURE_INT4, folder, device=device, progress=progress)
+    int4 = _int4_method(source, layout, asked, budget)
+    prepared = prepare_once(source, text, int4, folder, device=device, progress=progress)
     readers: dict[FormatName, SourceReader] = {"int4": prepared, "int8": source}
     if fp8:
         readers["fp8-dynamic"] = source
     sensitivity = measure_once(source, readers, text, folder, device=device, progress=progress)
-    formats: tuple[FormatName, ...] = (*readers, asked.dtype)
+    formats: dict[FormatName, PrecisionName] = {name: name for name in readers} | {
+        "int4": int4,
+        asked.dtype: asked.dtype,
+    }
     max_cost = None if max_loss is None else math.log1p(max_loss)
     chosen: dict[str, FormatName] = {}
     fixed, stages = _stage_sizes(source, layout, asked, formats)
@@ -161,23 +169,34 @@ def choose_mixture(
         for other, sizes in zip(fixed, stages, strict=True):
             alone = max_cost if len(stages) == 1 else None
             chosen |= choose(sizes, sensitivity, room=budget - other, max_cost=alone)
-    modules = {name: LinearForm(form) for name, form in chosen.items()}
-    return Mixture(asked.with_modules(modules), _record(sensitivity, chosen, budget, max_loss))
+    modules = {name: LinearForm(form, zeros=form == "int4" and int4 in ASYMMETRIC) for name, form in chosen.items()}
+    return Mixture(asked.with_modules(modules), _record(sensitivity, chosen, budget, max_loss, int4))
+
+
+def _int4_method(source: CheckpointSource, layout: Layout, asked: Precision, budget: int | None) -> PrecisionName:
+    """With zero points, if a rank with nothing but such int4 fits into the budget."""
+    larger, smaller = MIXTURE_INT4
+    sizes = zip(*_stage_sizes(source, layout, asked, {"int4": larger}), strict=True)
+    least = max(other + sum(size["int4"] for size in linears.values()) for other, linears in sizes)
+    return larger if budget is None or least <= budget else smaller
 
 
 def _stage_sizes(
-    source: CheckpointSource, layout: Layout, asked: Precision, formats: Sequence[FormatName]
+    source: CheckpointSource, layout: Layout, asked: Precision, formats: Mapping[FormatName, PrecisionName]
 ) -> tuple[list[int], list[dict[str, dict[FormatName, int]]]]:
-    """For each pipeline stage: bytes of a rank besides its linear layers, and of each of these by format."""
+    """For each pipeline stage: bytes of a rank besides its linear layers, and of each of these by format.
+
+    `formats` says which precision each format is measured as.
+    """
     fixed: list[int] = []
     stages: list[dict[str, dict[FormatName, int]]] = []
     for stage in range(layout.pp):
         ranks = [layout.rank(rank) for rank in layout.stage_ranks(stage)]
         sizes: dict[str, dict[FormatName, int]] = {}
         others: list[int] = []
-        for form in formats:
+        for form, precision in formats.items():
             for rank in ranks:
-                plan = plan_rank(source.config, rank, Precision(form, asked.dtype))
+                plan = plan_rank(source.config, rank, Precision(precision, asked.dtype))
                 others.append(sum(tensor.spec.num_bytes for tensor in plan.plain))
                 for linear in plan.linears:
                     size = sizes.setdefault(linear.global_name, {})
@@ -192,11 +211,15 @@ def _num_bytes(linear: Linear) -> int:
 
 
 def _record(
-    sensitivity: Sensitivity, chosen: Mapping[str, FormatName], budget: int | None, max_loss: float | None
+    sensitivity: Sensitivity,
+    chosen: Mapping[str, FormatName],
+    budget: int | None,
+    max_loss: float | None,
+    int4: PrecisionName,
 ) -> dict[str, Any]:
     predicted = total(sensitivity, chosen)
     return {
         "budget_bytes": budget, "max_loss": max_loss,
         "predicted_loss_nats": predicted, "predicted_perplexity_increase": math.expm1(predicted),
-        "formats": dict(chosen), "loss_nats": sensitivity, "int4": MIXTURE_INT4,
+        "formats": dict(chosen), "loss_nats": sensitivity, "int4": int4,
     }  # fmt: skip

@@ -201,14 +201,14 @@ def test_an_engine_has_the_values_of_its_mixture(
     arguments = ["convert", "tiny-mixtral", "--precision", "auto", "--budget", "4.1MB", "--workspace", str(tmp_path)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "quantizing to int4-gptq: done" in result.output
-    assert "quantizing to int4-gptq again, in the chosen mixture of linear layers (" in result.output
+    assert "quantizing to int4-gptq-asym: done" in result.output
+    assert "quantizing to int4-gptq-asym again, in the chosen mixture of linear layers (" in result.output
     [build] = (tmp_path / "build").glob("[!.]*")
     authority = json.loads((build / "trtbuild.json").read_text())
     formats = authority["mixture"]["formats"]
     assert {"int4", "int8"} <= set(formats.values())
     int4 = {name for name, form in formats.items() if form == "int4"}
-    assert {name for name, entry in authority["tensors"].items() if entry.get("origin") == "int4-gptq"} == int4
+    assert {name for name, entry in authority["tensors"].items() if entry.get("origin") == "int4-gptq-asym"} == int4
     [mixed] = [
         folder
         for folder in (tmp_path / "build" / ".calibration").glob("[!.]*")
@@ -245,6 +245,24 @@ def test_without_a_mixture_there_is_no_second_pass(
     assert all(stored) if form == "int4" else not any(stored)
 
 
+def test_zero_points_are_taken_where_the_budget_has_room(sequences: list[list[int]], tmp_path: Path) -> None:
+    """At the bytes of int4 none, from those of int4 with zero points on all; a chosen model is never larger."""
+    source = CheckpointSource.open("tiny-qwen2")
+
+    def num_bytes(precision: Precision) -> int:
+        return sum(tensor.num_bytes for tensor in plan_rank(source.config, Layout().rank(0), precision).tensors())
+
+    plain, shifted = (num_bytes(Precision(name, "bf16")) for name in ("int4-gptq", "int4-gptq-asym"))
+    for budget, zeros in ((plain, False), (shifted - 1, False), (shifted, True), (shifted * 11 // 10, True)):
+        chosen = precision_choice.choose_mixture(
+            source, Layout(), Precision("auto", "bf16"), TEXT, tmp_path, budget=budget, max_loss=None, fp8=False
+        )
+        forms = [form for _, form in chosen.precision.modules if form.format == "int4"]
+        assert forms and {form.zeros for form in forms} == {zeros}
+        assert chosen.record["int4"] == ("int4-gptq-asym" if zeros else "int4-gptq")
+        assert num_bytes(chosen.precision) <= budget
+
+
 def test_a_tenth_more_bytes_lose_a_quarter_less(sequences: list[list[int]], tmp_path: Path) -> None:
     """Than int4 everywhere: divergence from the 16-bit model on text that neither calibration nor costs saw."""
     source = CheckpointSource.open("tiny-mixtral")
@@ -267,8 +285,8 @@ def test_a_tenth_more_bytes_lose_a_quarter_less(sequences: list[list[int]], tmp_
     )
     exact = logits_of(source, source, {}, blocks, "bf16")
     lost = []
-    for mixture in (uniform, dict(chosen.precision.modules)):
-        reader = precision_choice.prepared_for(source, TEXT, "int4-gptq", mixture, tmp_path)
+    for mixture, method in ((uniform, "int4-gptq"), (dict(chosen.precision.modules), chosen.record["int4"])):
+        reader = precision_choice.prepared_for(source, TEXT, method, mixture, tmp_path)
         pairs = zip(exact, logits_of(source, reader, mixture, blocks), strict=True)
         lost.append(sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs))
     assert lost[1] < 0.75 * lost[0], lost

@@ -183,7 +183,8 @@ def _layer_in(
     """One layer's weights in another format, as the reference executor multiplies by them."""
     config = source.config
     stage = Layout(pp=config.num_layers).rank(layer)
-    plan = plan_rank(config, stage, Precision(name, config.dtype)).only_layers()
+    precision = reader.method if isinstance(reader, PreparedSource) else name
+    plan = plan_rank(config, stage, Precision(precision, config.dtype)).only_layers()
     [tensors] = fill_from([plan], reader)
     return TorchWeights(plan, tensors.__getitem__, torch.float32, device)
 
