@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "auto.jsonl"
 UNIFORM = [
     "bf16", "int4", "int4-gptq", "int4-gptq-asym", "int4-awq", "int4-awq-asym", "fp8", "fp8-dynamic", "int8",
 ]  # fmt: skip
-# What auto's int4 layers are, and the anchors of its budgets: they are always run.
+# The anchors of auto's budgets, which are always run.
 ANCHORS = ["bf16", "int4-gptq", "int8"]
 BUDGETS = [
     "int4", "int4 + 3 % of linear", "int4 + 10 % of linear", "int4 + 10 % of all", "int4 to int8, half-way", "int8",

@@ -78,7 +78,7 @@ def compensate(weight: torch.Tensor, grid: Grid, moments: torch.Tensor) -> Quant
     # Columns as rows: each is contiguous.
     columns = weight.float().T[order].contiguous()
     groups = (order // (weight.shape[1] // num_groups)).tolist()
-    steps = Steps.of(grid)
+    steps = _Steps.of(grid)
     errors, values = torch.empty_like(columns), torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     for start in range(0, len(columns), _BLOCK):
         stop = min(start + _BLOCK, len(columns))
@@ -94,7 +94,7 @@ def compensate(weight: torch.Tensor, grid: Grid, moments: torch.Tensor) -> Quant
 
 
 @dataclass(frozen=True)
-class Steps:
+class _Steps:
     """A grid for columns that are rows: value = scale * n for lowest <= n <= highest, each [groups or columns, out]."""
 
     scales: torch.Tensor
@@ -102,25 +102,25 @@ class Steps:
     highest: torch.Tensor
 
     @classmethod
-    def of(cls, grid: Grid) -> Steps:
+    def of(cls, grid: Grid) -> _Steps:
         zeros = torch.zeros_like(grid.scales) if grid.zeros is None else grid.zeros
         return cls(grid.scales.T.contiguous(), (LOWEST - zeros).T.contiguous(), (HIGHEST - zeros).T.contiguous())
 
-    def take(self, groups: list[int]) -> Steps:
+    def take(self, groups: list[int]) -> _Steps:
         """Those of each column, by its group."""
-        return Steps(self.scales[groups], self.lowest[groups], self.highest[groups])
+        return _Steps(self.scales[groups], self.lowest[groups], self.highest[groups])
 
 
 def _round_block(
     target: torch.Tensor,
     columns: torch.Tensor,
-    steps: Steps,
+    steps: _Steps,
     factor: torch.Tensor,
     errors: torch.Tensor,
     values: torch.Tensor,
     start: int,
 ) -> None:
-    """Columns start.. of one block, whose targets hold what earlier blocks lost. `values` become the n of `Steps`."""
+    """Columns start.. of one block, whose targets hold what earlier blocks lost. `values` become the n of `_Steps`."""
     size = len(target)
     for inner in range(0, size, _INNER):
         stop = min(inner + _INNER, size)

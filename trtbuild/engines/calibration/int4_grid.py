@@ -42,7 +42,7 @@ class Grid:
             values += self.zeros.unsqueeze(-1)
         return values.round_().clamp_(LOWEST, HIGHEST)
 
-    def worth(self, values: torch.Tensor) -> torch.Tensor:
+    def dequantized(self, values: torch.Tensor) -> torch.Tensor:
         """What q are worth, in place; values as `nearest` gives them."""
         if self.zeros is not None:
             values -= self.zeros.unsqueeze(-1)
@@ -76,7 +76,7 @@ def choose_grid(
     best = torch.full_like(chosen.scales, torch.inf)
     for ratio in ratios:
         tried = _scaled(low, high, ratio, form)
-        error = tried.worth(tried.nearest(groups)).sub_(groups)
+        error = tried.dequantized(tried.nearest(groups)).sub_(groups)
         # [groups, out, group] x [groups, group, group]
         loss = (torch.matmul(error.transpose(0, 1), blocks) * error.transpose(0, 1)).sum(-1).T
         chosen, best = chosen.better(tried, loss < best), torch.minimum(loss, best)
