@@ -4,8 +4,8 @@ The checkpoint, calibration and evaluation texts are those of perf/accuracy.py. 
 executor in float32, so that rounding of weights is all that differs: growth of perplexity over 16-bit weights, and the
 mean KL divergence of next-token distributions, each with the standard error over blocks of 256 tokens.
 
-Budgets (bytes of weights on the one rank): uniform int4's; the same with 3 % of its linear layers' bytes on top (what
-zero points take), with 10 %, and with 10 % of all its bytes; half-way to uniform int8's; int8's; a quarter of the way
+Budgets (bytes of weights on the one rank): uniform int4's; those of int4 with zero points; int4's with 10 % of its
+linear layers' bytes on top, and with 10 % of all its bytes; half-way to uniform int8's; int8's; a quarter of the way
 from there to 16 bit. Below the table: what auto loses in the bytes of each uniform precision, and what it loses of
 uniform int4's with 10 % more bytes.
 --workspace keeps calibrations for the next run. --save appends JSON lines, --html draws the curves.
@@ -42,9 +42,9 @@ UNIFORM = [
     "bf16", "int4", "int4-gptq", "int4-gptq-asym", "int4-awq", "int4-awq-asym", "fp8", "fp8-dynamic", "int8",
 ]  # fmt: skip
 # The anchors of auto's budgets, which are always run.
-ANCHORS = ["bf16", "int4-gptq", "int8"]
+ANCHORS = ["bf16", "int4-gptq", "int4-gptq-asym", "int8"]
 BUDGETS = [
-    "int4", "int4 + 3 % of linear", "int4 + 10 % of linear", "int4 + 10 % of all", "int4 to int8, half-way", "int8",
+    "int4", "int4 with zero points", "int4 + 10 % of linear", "int4 + 10 % of all", "int4 to int8, half-way", "int8",
     "int8 to 16 bit, a quarter",
 ]  # fmt: skip
 
@@ -119,10 +119,10 @@ def measure(inputs: Inputs, losses: Losses, workspace: Workspace, label: str, **
 
 def budgets(runs: dict[str, Run]) -> dict[str, int]:
     """Bytes by name; see above."""
-    int4, int8, exact = (runs[name] for name in ("int4-gptq", "int8", "bf16"))
+    exact, int4, shifted, int8 = (runs[name] for name in ANCHORS)
     low, middle, high = (run["rank_bytes"] for run in (int4, int8, exact))
     found = [
-        low, low + int4["linear_bytes"] * 3 // 100, low + int4["linear_bytes"] // 10, low + low // 10,
+        low, shifted["rank_bytes"], low + int4["linear_bytes"] // 10, low + low // 10,
         (low + middle) // 2, middle, middle + (high - middle) // 4,
     ]  # fmt: skip
     return dict(zip(BUDGETS, found, strict=True))
@@ -199,7 +199,7 @@ def parse_options() -> argparse.Namespace:
         "--uniform",
         action="append",
         choices=UNIFORM,
-        help="Beside bf16, int4-gptq and int8; repeatable.  [default: all]",
+        help="Beside bf16, int4-gptq, int4-gptq-asym and int8; repeatable.  [default: all]",
     )
     parser.add_argument("--budget", action="append", choices=BUDGETS, help="Repeatable.  [default: all]")
     parser.add_argument("--target", help="What auto's engine is for; with sm89 or above it may use fp8.")
