@@ -154,10 +154,9 @@ def choose_mixture(
     if fp8:
         readers["fp8-dynamic"] = source
     sensitivity = measure_once(source, readers, text, folder, device=device, progress=progress)
-    formats: dict[FormatName, PrecisionName] = {name: name for name in readers} | {
-        "int4": int4,
-        asked.dtype: asked.dtype,
-    }
+    formats: dict[FormatName, PrecisionName] = {"int4": int4, "int8": "int8"}
+    formats |= {"fp8-dynamic": "fp8-dynamic"} if fp8 else {}
+    formats[asked.dtype] = asked.dtype
     max_cost = None if max_loss is None else math.log1p(max_loss)
     chosen: dict[str, FormatName] = {}
     fixed, stages = _stage_sizes(source, layout, asked, formats)
